@@ -1,0 +1,180 @@
+"""
+The catalogue: one row per optimizer.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Mapping, Tuple, Type
+
+from olmo_core.exceptions import OLMoConfigurationError
+
+from .config import ExtOptimConfig
+from .elementwise.adamw import AdamWConfig
+from .elementwise.nadamw import NAdamWConfig
+from .matrix.muon import MuonConfig
+
+__all__ = [
+    "OptimizerInfo",
+    "Preset",
+    "closest",
+    "get_config_class",
+    "list_optimizers",
+    "optimizer_info",
+]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Tuned values from the literature."""
+
+    setting: str
+    """Model, tokens and batch that the values were tuned for."""
+
+    fields: Mapping[str, Any]
+    """Config fields that differ from the defaults."""
+
+    source: str
+    """Where the values are from, and how that implementation differs."""
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """A row of the catalogue."""
+
+    name: str
+    """The name with which the config is registered."""
+
+    config_class: Type[ExtOptimConfig]
+
+    family: str
+    """``elementwise`` or ``matrix``."""
+
+    summary: str
+
+    paper: str
+    """Where the rule is defined."""
+
+    state_bytes_per_param: float
+    """
+    Bytes of state per parameter that follows the optimizer's own rule, float32 state. What a
+    matrix rule leaves to AdamW has 8.
+    """
+
+    exchange: str
+    """What a rank sends in a step, beside what the data parallelism itself sends."""
+
+    needs: Tuple[str, ...] = ()
+    """What must drive it beside gradients."""
+
+    presets: Tuple[Preset, ...] = ()
+
+
+_SWEEP = (
+    "arXiv:2509.02046, C4, learning rate decayed to 0, clip 1.0; tuned with Levanter's JAX "
+    "implementation"
+)
+_SETTING = "130M, {} Chinchilla, batch 128 x 4096 tokens"
+
+_ROWS = (
+    OptimizerInfo(
+        name="ext_adamw",
+        config_class=AdamWConfig,
+        family="elementwise",
+        summary="AdamW with decoupled weight decay",
+        paper="arXiv:1711.05101",
+        state_bytes_per_param=8,
+        exchange="nothing",
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {"lr": 0.008, "betas": (0.9, 0.98), "eps": 1e-20, "weight_decay": 0.1},
+                _SWEEP,
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="nadamw",
+        config_class=NAdamWConfig,
+        family="elementwise",
+        summary="AdamW with Nesterov momentum, in three forms",
+        paper="Dozat 2016; arXiv:1711.05101",
+        state_bytes_per_param=8,
+        exchange="nothing",
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {
+                    "lr": 0.008,
+                    "betas": (0.95, 0.98),
+                    "eps": 1e-25,
+                    "weight_decay": 0.1,
+                    "nesterov": "dozat",
+                },
+                _SWEEP,
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="ext_muon",
+        config_class=MuonConfig,
+        family="matrix",
+        summary="Orthogonalised momentum for matrices, AdamW for the rest",
+        paper="kellerjordan.github.io/posts/muon; arXiv:2502.16982",
+        state_bytes_per_param=4,
+        exchange="each matrix element once to its owner and once back: 2 x its share of the "
+        "matrix bytes",
+        presets=(
+            Preset(
+                _SETTING.format("8x"),
+                {
+                    "lr": 0.008,
+                    "momentum": 0.98,
+                    "lr_scaling": "original",
+                    "weight_decay": 0.1,
+                    "adamw_lr": 0.0024,
+                    "adamw_betas": (0.8, 0.98),
+                    "adamw_eps": 1e-15,
+                },
+                _SWEEP + "; it clips the gradients of the AdamW half only",
+            ),
+        ),
+    ),
+)
+
+_BY_NAME: Dict[str, OptimizerInfo] = {row.name: row for row in _ROWS}
+
+
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """For messages: the allowed names, those most like ``name`` first."""
+    names = list(allowed)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"{', '.join(names)}{hint}"
+
+
+def list_optimizers() -> List[str]:
+    """The names of all optimizers of this package."""
+    return list(_BY_NAME)
+
+
+def optimizer_info(name: str) -> OptimizerInfo:
+    """
+    The catalogue's row of an optimizer. A bare ``muon`` means ``ext_muon``.
+
+    :raises OLMoConfigurationError: If there is no such optimizer; gives the closest names.
+    """
+    for candidate in (name, f"ext_{name}"):
+        if candidate in _BY_NAME:
+            return _BY_NAME[candidate]
+    raise OLMoConfigurationError(
+        f"there is no optimizer {name!r}, allowed are {closest(name, _BY_NAME)}"
+    )
+
+
+def get_config_class(name: str) -> Type[ExtOptimConfig]:
+    """
+    The config class of an optimizer.
+
+    :raises OLMoConfigurationError: If there is no such optimizer; gives the closest names.
+    """
+    return optimizer_info(name).config_class

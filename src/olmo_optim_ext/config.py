@@ -1,0 +1,245 @@
+"""
+What all optimizer configs share: validation, parameter groups, ``build()``.
+"""
+
+import dataclasses
+import logging
+import typing
+from dataclasses import dataclass
+from enum import Enum
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    FrozenSet,
+    Generic,
+    List,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+)
+
+import torch
+import torch.nn as nn
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.optim import INITIAL_LR_FIELD, LR_FIELD, OptimConfig
+from olmo_core.utils import move_to_device
+
+from .engine.base import CALLS, ExtOptimizer
+from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
+from .engine.matrix import ALGORITHM, MatrixOptimizer
+from .engine.roles import ParamRole, Role, canonical_name, classify, named_trainable_parameters
+
+__all__ = ["ExtOptimConfig", "MatrixOptimConfig"]
+
+log = logging.getLogger(__name__)
+
+Opt = TypeVar("Opt", bound=ExtOptimizer)
+
+
+@dataclass
+class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
+    """
+    Base class of the configs of this package. Its fields are the keywords of the optimizer, but
+    for those in :data:`CONFIG_ONLY`.
+
+    Values are checked when the config is made. The built optimizer keeps this config's
+    hyperparameters when a checkpoint with others is loaded, and logs the differences; so
+    ``fixed_fields`` of OLMo-core is true of every field here.
+
+    :raises OLMoConfigurationError: Names the field, the value and what is allowed.
+    """
+
+    CONFIG_ONLY: ClassVar[FrozenSet[str]] = frozenset({"group_overrides", "fixed_fields"})
+    """Fields that decide what is built, not how it steps."""
+
+    def __post_init__(self, *_: Any) -> None:
+        owner = type(self).__name__
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if isinstance(value, list) and typing.get_origin(hint) is tuple:
+                setattr(self, field.name, tuple(value))
+            for kind in (hint, *typing.get_args(hint)):
+                if not isinstance(kind, type) or value is None:
+                    continue
+                if kind is bool:
+                    to_flag(value, field.name, owner)
+                elif issubclass(kind, Enum):
+                    setattr(self, field.name, to_choice(kind, value, field.name, owner))
+        check_hyperparameters(self.hyperparameters(), owner)
+
+    def hyperparameters(self) -> Dict[str, Any]:
+        """The keywords of the optimizer."""
+        return self.as_dict(exclude=self.CONFIG_ONLY, recurse=False)
+
+    @classmethod
+    def optimizer(cls) -> Type[Opt]:
+        raise NotImplementedError
+
+    def algorithm_of(self, row: ParamRole) -> Optional[str]:
+        """Which rule a parameter follows; ``None`` where the optimizer has only one."""
+        del row
+        return None
+
+    def roles(self, model: nn.Module) -> Dict[str, ParamRole]:
+        """The role of each trainable parameter by canonical name, overrides applied."""
+        rows = classify(model)
+        for name, opts in self._overrides(model, strict=True).items():
+            if "role" in opts:
+                role = to_choice(
+                    Role, opts["role"], f"group_overrides of {name}: role", _name(self)
+                )
+                rows[name] = dataclasses.replace(rows[name], role=role)
+        return rows
+
+    def build_groups(self, model: nn.Module, strict: bool = True) -> List[Dict[str, Any]]:
+        """
+        The parameter groups: one for each override and each rule, in the model's order.
+
+        :param strict: Raise if a pattern in ``group_overrides`` matches no parameter.
+
+        :raises OLMoConfigurationError: If a pattern matches nothing, or two overrides one
+            parameter.
+        """
+        params = named_trainable_parameters(model)
+        if not params:
+            raise OLMoConfigurationError(
+                f"{_name(self)}: the model has no trainable parameter, allowed is a model with one"
+            )
+        overrides = self._overrides(model, strict)
+        rows = self.roles(model)
+        groups: Dict[Any, Dict[str, Any]] = {}
+        for name, param in params.items():
+            opts = overrides.get(name, {})
+            algorithm = self.algorithm_of(rows[name])
+            group = groups.setdefault(
+                (id(opts) if opts else None, algorithm),
+                {"params": [], **opts},
+            )
+            if algorithm is not None:
+                group[ALGORITHM] = algorithm
+                group.pop("role", None)  # it has had its effect
+            group["params"].append((name, param))
+        return list(groups.values())
+
+    def _overrides(self, model: nn.Module, strict: bool) -> Dict[str, Dict[str, Any]]:
+        # The options by parameter; parameters of one override share the same dict.
+        params = named_trainable_parameters(model)
+        names = {canonical_name(name) for name, _ in model.named_parameters()}
+        by_name: Dict[str, Dict[str, Any]] = {}
+        for index, override in enumerate(self.group_overrides or []):
+            opts = dict(override.opts)
+            if isinstance(override.params, str):
+                raise OLMoConfigurationError(
+                    f"{_name(self)}: 'params' of 'group_overrides' {index} is "
+                    f"{override.params!r}, allowed is a list of names or patterns"
+                )
+            expanded = self._expand_param_globs(
+                override, params, names - params.keys(), index, strict=strict
+            )
+            for name in dict.fromkeys(expanded.params):
+                if name in by_name:
+                    raise OLMoConfigurationError(
+                        f"{_name(self)}: parameter '{name}' matches 'group_overrides' {index} "
+                        f"({', '.join(override.params)}) and an earlier one, allowed is one"
+                    )
+                by_name[name] = opts
+        return by_name
+
+    def build(self, model: nn.Module, strict: bool = True) -> Opt:
+        """
+        Build the optimizer, with all of its state.
+
+        :param model: The model to optimize, already parallelised.
+        :param strict: Raise if a pattern in ``group_overrides`` matches no parameter.
+        """
+        groups = self.build_groups(model, strict=strict)
+        optim = self.optimizer()(groups, **self.hyperparameters())
+        for group in optim.param_groups:
+            group.setdefault(INITIAL_LR_FIELD, group[LR_FIELD])
+            if self.compile:
+                group[LR_FIELD] = move_to_device(torch.tensor(group[LR_FIELD]), self.device)
+        _let_config_win(optim)
+        for index, group in enumerate(optim.param_groups):
+            fields = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", CALLS))
+            log.info(f"{_name(optim)} group {index}, {len(group['params'])} parameters: {fields}")
+        return optim
+
+
+def _name(x: object) -> str:
+    return type(x).__name__
+
+
+def _let_config_win(optim: ExtOptimizer) -> None:
+    own = [
+        {k: v for k, v in group.items() if k not in ("params", CALLS)}
+        for group in optim.param_groups
+    ]
+
+    def restore(loaded: torch.optim.Optimizer) -> None:
+        changed = []
+        for index, (group, fields) in enumerate(zip(loaded.param_groups, own)):
+            for key, value in fields.items():
+                # The saved lr is where the schedule stood, not a setting.
+                if key != LR_FIELD and group.get(key) != value:
+                    changed.append(f"group {index} {key}: {group.get(key)} -> {value}")
+            lr = fields[LR_FIELD]
+            if isinstance(lr, torch.Tensor):
+                lr.fill_(fields[INITIAL_LR_FIELD])
+            group.update(fields)
+        if changed:
+            log.warning(
+                "The checkpoint was saved with other hyperparameters; the config's are used: "
+                + "; ".join(changed)
+            )
+
+    optim.register_load_state_dict_post_hook(restore)
+
+
+MatrixOpt = TypeVar("MatrixOpt", bound=MatrixOptimizer)
+
+
+@dataclass
+class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
+    """
+    Base class of the configs of optimizers with a rule for matrices, which leave embeddings, head
+    and vectors to AdamW. ``group_overrides`` may set the ``role`` of parameters.
+    """
+
+    adamw_lr: Optional[float] = None
+    """
+    Learning rate of the parameters that follow AdamW, >= 0. ``None`` takes ``lr``, as OLMo-core's
+    ``MuonConfig`` does.
+    """
+
+    adamw_betas: Tuple[float, ...] = (0.9, 0.95)
+    """Of these parameters, two numbers in [0, 1). As in OLMo-core's ``MuonConfig``."""
+
+    adamw_eps: float = 1e-8
+    """Of these parameters, >= 0. As in ``torch.optim.AdamW``."""
+
+    adamw_weight_decay: Optional[float] = None
+    """Of these parameters, >= 0. ``None`` takes ``weight_decay``, as in arXiv:2502.16982."""
+
+    def takes_head(self) -> bool:
+        """Whether the matrix rule also takes the head."""
+        return False
+
+    def algorithm_of(self, row: ParamRole) -> Optional[str]:
+        optimizer = self.optimizer()
+        if row.role == Role.experts:
+            raise OLMoConfigurationError(
+                f"{_name(self)}: parameter '{row.name}' has the role 'experts', for which there is "
+                "no matrix rule; allowed is another role for it in 'group_overrides', such as "
+                "'vector', which leaves it to AdamW"
+            )
+        if row.role == Role.matrix or (row.role == Role.head and self.takes_head()):
+            if len(row.shape) != 2:
+                raise OLMoConfigurationError(
+                    f"{_name(self)}: parameter '{row.name}' of shape {row.shape} has the role "
+                    f"'{row.role}', allowed are parameters of two dimensions"
+                )
+            return optimizer.algorithm
+        return optimizer.leftover_algorithm

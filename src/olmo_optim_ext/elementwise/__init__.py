@@ -1,0 +1,1 @@
+"""Optimizers whose update of a coordinate needs no other coordinate."""

@@ -1,0 +1,1 @@
+"""What every optimizer stands on: state, loops, roles and exchange. Knows no update rule."""

@@ -1,0 +1,402 @@
+"""
+The contracts, for every catalogue name.
+"""
+
+import gc
+import math
+from pathlib import Path
+from typing import Dict
+
+import pytest
+import torch
+import torch.nn as nn
+from olmo_core.distributed.checkpoint import (
+    load_model_and_optim_state,
+    save_model_and_optim_state,
+)
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.optim import OptimGroupOverride
+
+from olmo_optim_ext import get_config_class, list_optimizers, optimizer_info
+
+from ..ranks import run_on_ranks
+from .cases import CASES, STEPS, MixedShapes, grads_at, relative_error, train, weights
+
+NAMES = list_optimizers()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # QR and eigh change with the number of threads.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_name_is_in_the_table():
+    assert sorted(CASES) == sorted(NAMES)
+    for name in NAMES:
+        assert isinstance(CASES[name].config, get_config_class(name))
+
+
+def equal(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def state_of(optim: torch.optim.Optimizer) -> Dict[str, torch.Tensor]:
+    return {
+        f"{index}.{key}": value.clone()
+        for index, state in optim.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+# C1: parity with the source
+
+
+@pytest.mark.parametrize(
+    "name,index",
+    [(name, index) for name in NAMES for index in range(len(CASES[name].oracles))],
+)
+def test_same_trajectory_as_the_oracle(name, index):
+    config, oracle, tolerance = CASES[name].oracles[index]
+    model = MixedShapes()
+    start = weights(model)
+    train(model, config.build(model), 0, 50)
+    assert relative_error(weights(model), oracle(start, 50), start) < tolerance
+
+
+# C2: parity across meshes, and C4 across numbers of ranks
+
+
+@pytest.fixture(scope="module")
+def mesh_results(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("meshes")
+    for world_size in (2, 4):
+        run_on_ranks(world_size, Path(__file__).with_name("mesh_worker.py"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference():
+    cache: Dict[str, Dict[str, torch.Tensor]] = {}
+
+    def of(name: str) -> Dict[str, torch.Tensor]:
+        if name not in cache:
+            model = MixedShapes()
+            train(model, CASES[name].config.build(model), 0, STEPS)
+            cache[name] = weights(model)
+        return cache[name]
+
+    return of
+
+
+def assert_parity(name: str, got: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]):
+    if CASES[name].bitwise:
+        assert equal(got, expected)
+    assert relative_error(got, expected, weights(MixedShapes())) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "fsdp4", "hsdp2x2", "columns4"])
+@pytest.mark.parametrize("name", NAMES)
+def test_mesh_does_not_change_the_update(name, mesh, mesh_results, reference):
+    got = torch.load(mesh_results / f"{name}-{mesh}.pt", weights_only=True)
+    assert_parity(name, got, reference(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_on_two_ranks_continues_on_four(name, mesh_results, reference):
+    got = torch.load(mesh_results / f"{name}-resumed4.pt", weights_only=True)
+    assert_parity(name, got, reference(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_on_two_ranks_continues_on_one(name, mesh_results, reference):
+    model = MixedShapes(seed=1)
+    optim = CASES[name].config.build(model)
+    load_model_and_optim_state(
+        mesh_results / f"{name}-checkpoint", model, optim, flatten_optimizer_state=True
+    )
+    train(model, optim, STEPS // 2, STEPS)
+    assert_parity(name, weights(model), reference(name))
+
+
+# C3: a checkpoint never changes the run
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_saving_changes_nothing(name, flatten, tmp_path, reference):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    for step in (0, STEPS // 2):
+        save_model_and_optim_state(
+            tmp_path / str(step), model, optim, flatten_optimizer_state=flatten
+        )
+        train(model, optim, step, step + STEPS // 2)
+    assert equal(weights(model), reference(name))
+
+
+# C4: resume is the same run
+
+
+@pytest.mark.parametrize("way", ["dcp_flat", "dcp_nested", "torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_resume_is_the_same_run(name, way, tmp_path, reference):
+    def build(seed: int):
+        model = MixedShapes(seed)
+        return model, CASES[name].config.build(model)
+
+    flatten = way == "dcp_flat"
+    model, optim = build(0)
+    train(model, optim, 0, STEPS // 2)
+    if way == "torch":
+        torch.save([model.state_dict(), optim.state_dict()], tmp_path / "state.pt")
+    else:
+        save_model_and_optim_state(tmp_path / "s", model, optim, flatten_optimizer_state=flatten)
+
+    resumed, resumed_optim = build(1)
+    train(resumed, resumed_optim, 0, 3)  # what is loaded must replace all of this
+    if way == "torch":
+        model_state, optim_state = torch.load(tmp_path / "state.pt", weights_only=True)
+        resumed.load_state_dict(model_state)
+        resumed_optim.load_state_dict(optim_state)
+    else:
+        load_model_and_optim_state(
+            tmp_path / "s", resumed, resumed_optim, flatten_optimizer_state=flatten
+        )
+    assert equal(state_of(resumed_optim), state_of(optim))
+    assert resumed_optim.param_groups[0]["calls"] == STEPS // 2
+    train(resumed, resumed_optim, STEPS // 2, STEPS)
+    assert equal(weights(resumed), reference(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_state_is_a_copy(name):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    train(model, optim, 0, 2)
+    saved = optim.state_dict()
+    other = MixedShapes()
+    other_optim = CASES[name].config.build(other)
+    other_optim.load_state_dict(saved)
+    before = state_of(optim)
+    train(other, other_optim, 2, 4)
+    assert equal(state_of(optim), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_of_a_bfloat16_model_stays_float32(name):
+    model = MixedShapes().bfloat16()
+    optim = CASES[name].config.build(model)
+    for step in range(3):
+        for key, grad in grads_at(step, model).items():
+            model.get_parameter(key).grad = grad.bfloat16()
+        optim.step()
+    other = CASES[name].config.build(MixedShapes().bfloat16())
+    other.load_state_dict(optim.state_dict())
+    assert all(v.dtype == torch.float32 for v in state_of(other).values())
+    assert equal(state_of(other), state_of(optim))
+
+
+# C6: zero in, zero out; bounded always
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_gradients_move_nothing(name):
+    model = MixedShapes()
+    start = weights(model)
+    fields = {
+        f: 0.0 for f in ("weight_decay", "adamw_weight_decay") if hasattr(CASES[name].config, f)
+    }
+    optim = CASES[name].config.replace(**fields).build(model)
+    for _ in range(5):
+        for param in model.parameters():
+            param.grad = torch.zeros_like(param)
+        optim.step()
+    assert equal(weights(model), start)
+    assert all(torch.isfinite(v).all() for v in state_of(optim).values())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1.0, 1e15])
+@pytest.mark.parametrize("rank_one", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_updates_stay_finite_and_bounded(name, scale, rank_one):
+    model = MixedShapes()
+    start = weights(model)
+    optim = CASES[name].config.build(model)
+    lr = max(group["lr"] for group in optim.param_groups)
+    for step in range(5):
+        for key, grad in grads_at(step, model, 1.0).items():
+            if rank_one and grad.ndim == 2:
+                grad = grad[:, :1] * grad[:1, :]
+            model.get_parameter(key).grad = grad * scale
+        optim.step()
+    for key, weight in weights(model).items():
+        assert torch.isfinite(weight).all(), key
+        # No rule of the catalogue moves a coordinate by more than a few lr a step.
+        assert (weight - start[key]).abs().max() < 5 * 5 * lr, key
+    assert all(torch.isfinite(v).all() for v in state_of(optim).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_without_gradient_and_frozen_ones_are_left_alone(name):
+    model = MixedShapes()
+    model.tall.weight.requires_grad_(False)
+    start = weights(model)
+    optim = CASES[name].config.build(model)
+    idle = {"tall.weight", "square.weight", "norm.bias"}
+    for step in range(3):
+        for key, grad in grads_at(step, model).items():
+            model.get_parameter(key).grad = None if key in idle else grad
+        optim.step()
+    for key, weight in weights(model).items():
+        assert torch.equal(weight, start[key]) == (key in idle), key
+    assert model.tall.weight not in optim.state
+
+    # Bias corrections count the updates of the parameter, not the calls.
+    fresh = MixedShapes()
+    fresh_optim = CASES[name].config.build(fresh)
+    for m, o in ((model, optim), (fresh, fresh_optim)):
+        o.zero_grad()
+        m.square.weight.grad = grads_at(7, m)["square.weight"]
+        o.step()
+    assert torch.equal(model.square.weight, fresh.square.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_matrix_is_enough(name):
+    model = nn.Linear(3, 5, bias=False)
+    optim = CASES[name].config.build(model)
+    model.weight.grad = torch.ones_like(model.weight)
+    optim.step()
+    assert torch.isfinite(model.weight).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_steps_leak_nothing(name):
+    model = nn.Linear(3, 2)
+    optim = CASES[name].config.build(model)
+    grads = {key: torch.randn(p.shape) for key, p in model.named_parameters()}
+
+    def live_tensors(steps: int) -> int:
+        for _ in range(steps):
+            for key, param in model.named_parameters():
+                param.grad = grads[key].clone()
+            optim.step()
+            optim.zero_grad()
+        gc.collect()
+        return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+
+    assert live_tensors(990) == live_tensors(10)
+
+
+# C7 (state): cost is declared and true
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_bytes_are_as_declared(name):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    own_rule = next(iter(CASES[name].state_bytes.values()))
+    assert optimizer_info(name).state_bytes_per_param == own_rule
+    for group in optim.param_groups:
+        expected = CASES[name].state_bytes[group.get("algorithm") or ""]
+        for param in group["params"]:
+            n_bytes = sum(v.nbytes for k, v in optim.state[param].items() if k != "step")
+            assert n_bytes == expected * param.numel()
+
+
+# C8: clear errors
+
+
+@pytest.mark.parametrize(
+    "name,bad", [(name, bad) for name in NAMES for bad in CASES[name].bad_fields], ids=str
+)
+def test_bad_values_are_refused_by_config_and_constructor(name, bad):
+    (field,) = bad
+    with pytest.raises(OLMoConfigurationError, match=f"'{field}' is .*allowed"):
+        get_config_class(name)(**bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_values_in_overrides_are_refused(name):
+    def build(params, **opts):
+        override = OptimGroupOverride(params=params, opts=opts)
+        return get_config_class(name)(group_overrides=[override]).build(MixedShapes())
+
+    with pytest.raises(OLMoConfigurationError, match="'lr' is -1"):
+        build(["norm.*"], lr=-1)
+    with pytest.raises(OLMoConfigurationError, match="'learning_rate' is not a field"):
+        build(["norm.*"], learning_rate=1)
+    with pytest.raises(OLMoConfigurationError, match=r"nrm\.\*"):
+        build(["nrm.*"], lr=1)
+    with pytest.raises(OLMoConfigurationError, match="list of names"):
+        build("norm.*", lr=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_of_another_model_or_optimizer_is_refused(name):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    train(model, optim, 0, 1)
+    smaller = nn.Linear(3, 2, bias=False)
+    with pytest.raises(OLMoConfigurationError, match="groups of sizes"):
+        CASES[name].config.build(smaller).load_state_dict(optim.state_dict())
+
+    state = optim.state_dict()
+    state["state"] = {k: dict(v) for k, v in state["state"].items()}
+    renamed = state["state"][0]
+    renamed["other"] = renamed.pop(next(k for k in renamed if k != "step"))
+    with pytest.raises(OLMoConfigurationError, match="keeps"):
+        optim.load_state_dict(state)
+
+
+# C10: it optimises
+
+
+class Problem(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full(shape, 0.5))
+
+
+def solve(name: str, loss_fn, shape, steps: int) -> float:
+    torch.manual_seed(0)
+    problem = Problem(shape)
+    case = CASES[name]
+    optim = case.config.replace(lr=case.fast_lr, weight_decay=0.0).build(problem)
+    first = float(loss_fn(problem.weight.detach()))
+    for step in range(steps):
+        for group in optim.param_groups:
+            group["lr"] = case.fast_lr * (1 - step / steps)
+        loss = loss_fn(problem.weight)
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+    return float(loss_fn(problem.weight.detach())) / first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solves_a_quadratic(name):
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(6, 4, generator=generator)
+    curvature = torch.logspace(-1, 1, 24).view(6, 4)
+    loss = lambda w: (curvature * (w - target) ** 2).sum()  # noqa: E731
+    assert solve(name, loss, (6, 4), 300) < 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_descends_rosenbrock(name):
+    loss = lambda w: ((1 - w[0]) ** 2 + 100 * (w[1] - w[0] ** 2) ** 2).sum()  # noqa: E731
+    assert solve(name, loss, (2, 3), 1000) < 2e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solves_a_matrix_regression(name):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(64, 12, generator=generator)
+    y = x @ torch.randn(8, 12, generator=generator).T / math.sqrt(12)
+    loss = lambda w: ((x @ w.T - y) ** 2).mean()  # noqa: E731
+    assert solve(name, loss, (8, 12), 300) < 1e-3
