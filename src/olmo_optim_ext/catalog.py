@@ -145,7 +145,7 @@ _BY_NAME: Dict[str, OptimizerInfo] = {row.name: row for row in _ROWS}
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:
-    """For messages: the allowed names, those most like ``name`` first."""
+    """For messages: the allowed names, and those most like ``name``."""
     names = list(allowed)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""

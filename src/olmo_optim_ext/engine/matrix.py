@@ -120,16 +120,47 @@ class MatrixOptimizer(ExtOptimizer):
                         f"{tuple(param.shape)} has algorithm {algorithm!r}, allowed are matrices"
                     )
 
+    def placements(self) -> Dict[str, Tuple[Path, Optional[int]]]:
+        """
+        For each matrix the path that it takes and, where one rank computes it, the global rank of
+        its owner when all matrices have gradients.
+        """
+        out: Dict[str, Tuple[Path, Optional[int]]] = {}
+        for (path, process_group, _), items in self._by_path(self._all_matrices()).items():
+            names = [self.name_of(item.member.param) for item in items]
+            owners: List[Optional[int]] = [None] * len(items)
+            if process_group is not None:
+                exchange = self._exchange(items, process_group)
+                owners = [dist.get_global_rank(process_group, rank) for rank in exchange.owners]
+            out.update({name: (path, owner) for name, owner in zip(names, owners)})
+        return out
+
+    def _all_matrices(self) -> List[_Item]:
+        return [
+            _Item(group, Member(0, param, param, self.state[param]))
+            for group in self.param_groups
+            if group[ALGORITHM] == self.algorithm
+            for param in group["params"]
+            if param in self.state
+        ]
+
+    def _by_path(
+        self, items: Sequence[_Item]
+    ) -> Dict[Tuple[Path, Optional[dist.ProcessGroup], torch.dtype], List[_Item]]:
+        by_path: Dict[Any, List[_Item]] = {}
+        for item in items:
+            key = (*path_of(item.member.param), self._state_dtype(item.member))
+            by_path.setdefault(key, []).append(item)
+        return by_path
+
     def update(self, work: Sequence[GroupWork]) -> None:
-        by_path: Dict[Tuple[Path, Optional[dist.ProcessGroup], torch.dtype], List[_Item]] = {}
+        matrices: List[_Item] = []
         for group, clock, members in work:
             if group[ALGORITHM] == self.leftover_algorithm:
                 apply_rule(self.leftover_rule, group, clock, members, self._compile)
-                continue
-            for member in members:
-                dtype = self._state_dtype(member)
-                by_path.setdefault((*path_of(member.param), dtype), []).append(_Item(group, member))
-        for (path, process_group, _), items in by_path.items():
+            else:
+                matrices += [_Item(group, member) for member in members]
+        for (path, process_group, _), items in self._by_path(matrices).items():
             if process_group is not None:
                 self._update_by_rows(items, process_group)
             else:

@@ -1,0 +1,124 @@
+"""
+Starting a run in this process, or in one process a rank.
+"""
+
+import errno
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import List, NoReturn, Sequence
+
+import torch
+import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, init_distributed, is_distributed
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.utils import filter_warnings
+from rich.console import Console
+
+from .stages import Interrupted, Run
+from .training import JolmoModel
+
+__all__ = ["launched_by_torchrun", "run", "start_ranks"]
+
+log = logging.getLogger(__name__)
+
+
+def launched_by_torchrun() -> bool:
+    """Whether this process is one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def start_ranks(nproc: int, arguments: Sequence[str]) -> NoReturn:
+    """Become torchrun, with ``nproc`` ranks of this command on this machine."""
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(nproc), "-m", "mixture_pretraining_stages", *arguments),
+    ]
+    os.execv(sys.executable, command)
+
+
+def run(spec: JolmoModel, console: Console, command: Sequence[str]) -> int:
+    """
+    Run an experiment to its end.
+
+    :param command: What the user typed, to tell how to resume.
+
+    :returns: The exit code: 0, 1 if the run failed or was interrupted, 2 for bad input.
+    """
+    # Until the trainer takes the signals over, there is nothing to save.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    resume = f"Resume with: {shlex.join(command)}"
+    try:
+        _prepare_process(spec)
+        Run(spec, console).execute()
+        return 0
+    except OLMoConfigurationError as error:
+        return _fail(console, str(error), 2)
+    except Interrupted as interruption:
+        return _fail(console, f"{str(interruption).capitalize()}. {resume}", 1)
+    except KeyboardInterrupt:
+        return _fail(console, f"Interrupted; nothing was lost. {resume}", 1)
+    except Exception as error:
+        log.error(traceback.format_exc())
+        return _fail(console, f"{_explain(error, spec)} {resume}", 1)
+    finally:
+        if is_distributed():
+            dist.destroy_process_group()
+
+
+def _prepare_process(spec: JolmoModel) -> None:
+    filter_warnings()
+    _log_to_file(Path(spec.output))
+    if launched_by_torchrun():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        init_distributed(backend=backend, timeout=timedelta(minutes=30), shared_filesytem=True)
+
+
+def _log_to_file(output: Path) -> None:
+    # The console is for the run; what OLMo-core logs is for when something went wrong.
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        name = "train.log" if rank == 0 else f"train.rank{rank}.log"
+        handler = logging.FileHandler(output / name, delay=False)
+    except OSError as error:
+        raise OLMoConfigurationError(
+            f"output: {output} cannot be written ({error.strerror}), allowed is a folder that can"
+        ) from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def _explain(error: BaseException, spec: JolmoModel) -> str:
+    causes: List[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for each in causes:
+        if isinstance(each, OSError) and each.errno == errno.ENOSPC:
+            return (
+                f"The run failed: no space left on the disk of {spec.output}. Whole checkpoints "
+                "are intact. Free some space."
+            )
+    return (
+        f"The run failed: {type(error).__name__}: {error}. Details are in "
+        f"{Path(spec.output) / 'train.log'}; whole checkpoints are intact."
+    )
+
+
+def _fail(console: Console, message: str, code: int) -> int:
+    if get_rank() == 0 or code == 2:
+        # Not wrapped, so that the command can be copied.
+        console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    return code

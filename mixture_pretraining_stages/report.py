@@ -1,0 +1,103 @@
+"""
+What is left of a run to look at: a table and a picture, both made from its metrics.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from rich.table import Table
+
+from .callbacks import LEARNING_RATE, LOSS
+from .evaluation import EVALUATOR
+
+__all__ = ["draw_curves", "validation", "validation_table"]
+
+Rows = List[Dict[str, Any]]
+
+
+def validation(rows: Rows, source: str, metric: str) -> List[Tuple[int, float]]:
+    """``(tokens, value)`` of each evaluation of a source; ``metric`` is ``CE loss`` or ``BPB``."""
+    key = f"eval/{EVALUATOR}/{source}/{metric}"
+    return [(row["tokens"], row[key]) for row in rows if key in row]
+
+
+def _last(rows: Rows, stage: str, source: str, metric: str) -> Optional[float]:
+    of_stage = [row for row in rows if row.get("stage") == stage]
+    values = validation(of_stage, source, metric)
+    return values[-1][1] if values else None
+
+
+def validation_table(
+    rows: Rows, stages: Sequence[str], sources: Sequence[str], epochs: Dict[Tuple[str, str], float]
+) -> Table:
+    """
+    Validation loss and bits per byte of each source at the end of each stage.
+
+    :param epochs: By stage and source, how often the stage goes through the source.
+    """
+    table = Table(title="Validation")
+    table.add_column("stage")
+    table.add_column("source")
+    for title in ("epochs", "loss", "bits per byte"):
+        table.add_column(title, justify="right")
+    for stage in stages:
+        for source in sources:
+            loss = _last(rows, stage, source, "CE loss")
+            bpb = _last(rows, stage, source, "BPB")
+            table.add_row(
+                stage,
+                source,
+                f"{epochs.get((stage, source), 0.0):.2f}",
+                "-" if loss is None else f"{loss:.4f}",
+                "-" if bpb is None else f"{bpb:.4f}",
+            )
+        table.add_section()
+    return table
+
+
+def draw_curves(
+    rows: Rows, stages: Sequence[Tuple[str, int]], sources: Sequence[str], title: str, path: Path
+) -> None:
+    """
+    Loss and learning rate against tokens.
+
+    :param stages: Name and last token of each stage.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    train = [(row["tokens"], row[LOSS]) for row in rows if LOSS in row]
+    if train:
+        upper.plot(*zip(*train), color="0.75", linewidth=1, label="train")
+    for source in sources:
+        if points := validation(rows, source, "CE loss"):
+            upper.plot(*zip(*points), marker="o", markersize=4, label=f"validation: {source}")
+    upper.set_ylabel("loss (nats per token)")
+    upper.set_title(title)
+    upper.grid(alpha=0.3)
+    if upper.has_data():
+        upper.legend()
+    rates = [(row["tokens"], row[LEARNING_RATE]) for row in rows if LEARNING_RATE in row]
+    if rates:
+        lower.plot(*zip(*rates), color="tab:gray")
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("tokens")
+    lower.grid(alpha=0.3)
+    for name, last_token in stages:
+        for axes in (upper, lower):
+            axes.axvline(last_token, color="0.5", linestyle=":", linewidth=1)
+        upper.annotate(
+            name,
+            (last_token, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -12),
+            textcoords="offset points",
+            ha="right",
+            color="0.4",
+        )
+    draft = path.with_suffix(".tmp.png")
+    figure.savefig(draft, dpi=130)
+    draft.replace(path)

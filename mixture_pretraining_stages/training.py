@@ -1,0 +1,474 @@
+"""
+An experiment: its spec, how the spec is read from YAML, and what OLMo-core objects it stands for.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Type
+
+import yaml
+from olmo_core.config import DType, StrEnum
+from olmo_core.distributed.parallel import DataParallelType
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.nn.attention import AttentionBackendName
+from olmo_core.nn.attention.flash_attn_api import has_flash_attn_2
+from olmo_core.nn.transformer import TransformerConfig
+from olmo_core.optim import ConstantScheduler, OptimConfig, Scheduler
+from olmo_core.train.train_module import (
+    TransformerActivationCheckpointingConfig,
+    TransformerDataParallelConfig,
+    TransformerTensorParallelConfig,
+    TransformerTrainModuleConfig,
+)
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
+
+from .decoding import decode_fields, to_plain
+from .sources import SourceSpec
+
+__all__ = [
+    "CheckpointSpec",
+    "EvaluationSpec",
+    "JolmoModel",
+    "ParallelismSpec",
+    "StageSpec",
+    "load_spec",
+]
+
+OLMO_CORE_PREFIX = "olmo_core."
+"""Of optimizer names that mean OLMo-core's own, as in ``olmo_core.muon``."""
+
+
+class Precision(StrEnum):
+    """In what the forward and the backward pass compute. Parameters are float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    """Autocast."""
+
+
+class DataParallelism(StrEnum):
+    """How ranks share the data, and the model's state."""
+
+    none = "none"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+
+
+@dataclass
+class ParallelismSpec:
+    """How ranks share the work. With one rank nothing of it applies."""
+
+    data: DataParallelism = DataParallelism.fsdp
+    replicas: int = 1
+    """Copies of the sharded model, with ``hsdp``."""
+    tensor: int = 1
+    """Ranks that share each layer."""
+
+
+@dataclass
+class StageSpec:
+    """A part of the run with a mixture of its own."""
+
+    name: str
+    tokens: int
+    """Rounded up to whole batches."""
+    mixture: Dict[str, float]
+    """Weight of each source, normalised to sum to 1."""
+    lr_scale: float = 1.0
+    """The schedule's learning rate is multiplied by this."""
+
+
+@dataclass
+class EvaluationSpec:
+    every: int = 100
+    """In steps; the end of a stage is always evaluated."""
+    tokens: int = 65_536
+    """Held-out tokens of each source."""
+
+
+@dataclass
+class CheckpointSpec:
+    every: int = 100
+    """In steps; the end of a stage is always saved."""
+    keep: int = 2
+    """Checkpoints kept of each stage."""
+
+
+@dataclass
+class JolmoModel:
+    """
+    The spec of a pretraining experiment.
+
+    :raises OLMoConfigurationError: From :meth:`check`, naming the key, the value and what is
+        allowed.
+    """
+
+    name: str
+    sources: Dict[str, SourceSpec]
+    stages: List[StageSpec]
+    optimizer: Dict[str, Any]
+    """``name``, and any field of that optimizer's config."""
+    model: Any = "olmo3_14M"
+    """
+    The name of a factory of OLMo-core's ``TransformerConfig``, a mapping with ``factory`` and its
+    arguments, or a full ``TransformerConfig``.
+    """
+    tokenizer: Any = "bytes"
+    """``bytes``, the path of a ``tokenizer.json``, or OLMo-core's ``TokenizerConfig``."""
+    sequence_length: int = 1024
+    global_batch_size: int = 65_536
+    """In tokens."""
+    rank_microbatch_size: int = 8192
+    """In tokens: what a rank processes at a time."""
+    seed: int = 42
+    scheduler: Optional[Dict[str, Any]] = None
+    """``type``, and any field of that OLMo-core scheduler. It runs over the whole run."""
+    max_grad_norm: Optional[float] = 1.0
+    precision: Precision = Precision.float32
+    compile: bool = False
+    """Compile the model."""
+    activation_checkpointing: Optional[TransformerActivationCheckpointingConfig] = None
+    parallelism: ParallelismSpec = field(default_factory=ParallelismSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    wandb: Optional[Dict[str, Any]] = None
+    """Fields of OLMo-core's ``WandBCallback``."""
+    comet: Optional[Dict[str, Any]] = None
+    """Fields of OLMo-core's ``CometCallback``."""
+    cache: Optional[str] = None
+    """Where tokenised text is kept; default is the user's cache folder."""
+    output: str = "runs"
+
+    def check(self, world_size: int = 1) -> None:
+        """
+        Check everything that needs neither data nor a device.
+
+        :param world_size: The number of ranks.
+        """
+        _require(bool(self.name), "name", self.name, "a text")
+        for key in ("sequence_length", "global_batch_size", "rank_microbatch_size"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            "max_grad_norm",
+            self.max_grad_norm,
+            "null or a number > 0",
+        )
+        for key in ("evaluation.every", "evaluation.tokens", "checkpoint.every", "checkpoint.keep"):
+            part, name = key.split(".")
+            value = getattr(getattr(self, part), name)
+            _require(value >= 1, key, value, "an integer >= 1")
+        _require(
+            self.evaluation.tokens >= self.sequence_length,
+            "evaluation.tokens",
+            self.evaluation.tokens,
+            f"at least sequence_length ({self.sequence_length})",
+        )
+        self._check_stages()
+        self._check_batch(world_size)
+        self.optimizer_config()
+        self.scheduler_config()
+
+    def _check_stages(self) -> None:
+        _require(bool(self.sources), "sources", self.sources, "at least one source")
+        _require(bool(self.stages), "stages", self.stages, "at least one stage")
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            where = f"stages.{index}"
+            plain = bool(stage.name) and not set(stage.name) & set("/\\\0") and stage.name[0] != "."
+            allowed = "a name of its own that can be the name of a folder"
+            _require(plain and names.count(stage.name) == 1, f"{where}.name", stage.name, allowed)
+            _require(stage.tokens >= 1, f"{where}.tokens", stage.tokens, "an integer >= 1")
+            _require(stage.lr_scale >= 0, f"{where}.lr_scale", stage.lr_scale, "a number >= 0")
+            for source, weight in stage.mixture.items():
+                key = f"{where}.mixture.{source}"
+                _require(source in self.sources, key, source, closest(source, self.sources))
+                finite = 0 <= weight < float("inf")
+                _require(finite, key, weight, "a finite number >= 0")
+            total = sum(stage.mixture.values())
+            _require(total > 0, f"{where}.mixture", stage.mixture, "weights with a sum > 0")
+
+    def _check_batch(self, world_size: int) -> None:
+        shape, tensor = self.parallelism, self.parallelism.tensor
+        _require(shape.replicas >= 1, "parallelism.replicas", shape.replicas, "an integer >= 1")
+        _require(tensor >= 1, "parallelism.tensor", tensor, "an integer >= 1")
+        if world_size > 1:
+            many = f"with {world_size} ranks"
+            _require(
+                world_size % tensor == 0, "parallelism.tensor", tensor, f"a divisor of {world_size}"
+            )
+            data_ranks = world_size // tensor
+            _require(
+                shape.data != DataParallelism.none or data_ranks == 1,
+                "parallelism.data",
+                str(shape.data),
+                f"ddp, fsdp or hsdp {many}",
+            )
+            _require(
+                shape.data != DataParallelism.ddp or tensor == 1,
+                "parallelism.data",
+                str(shape.data),
+                "fsdp or hsdp with tensor parallelism",
+            )
+            if shape.data == DataParallelism.hsdp:
+                _require(
+                    data_ranks % shape.replicas == 0,
+                    "parallelism.replicas",
+                    shape.replicas,
+                    f"a divisor of {data_ranks} {many}",
+                )
+            else:
+                _require(
+                    shape.replicas == 1, "parallelism.replicas", shape.replicas, "1, but for hsdp"
+                )
+        else:
+            data_ranks = 1
+        _require(
+            self.rank_microbatch_size % self.sequence_length == 0,
+            "rank_microbatch_size",
+            self.rank_microbatch_size,
+            f"a multiple of sequence_length ({self.sequence_length})",
+        )
+        unit = self.rank_microbatch_size * data_ranks
+        _require(
+            self.global_batch_size % unit == 0,
+            "global_batch_size",
+            self.global_batch_size,
+            f"a multiple of rank_microbatch_size x data parallel ranks "
+            f"({self.rank_microbatch_size} x {data_ranks})",
+        )
+
+    def optimizer_config(self) -> OptimConfig:
+        """The config of the optimizer."""
+        values = dict(self.optimizer)
+        name = values.pop("name", None)
+        _require(
+            isinstance(name, str), "optimizer.name", name, f"one of {', '.join(list_optimizers())}"
+        )
+        return _build_optimizer_spec(name, **values)
+
+    def scheduler_config(self) -> Scheduler:
+        """The learning-rate schedule; constant if none is asked for."""
+        if self.scheduler is None:
+            return ConstantScheduler()
+        values = dict(self.scheduler)
+        kind = values.pop("type", None)
+        known = Scheduler.get_registered_names()
+        _require(kind in known, "scheduler.type", kind, closest(str(kind), known))
+        return decode_fields(Scheduler.get_registered_class(kind), values, "scheduler")
+
+    def model_config(self, vocab_size: int) -> TransformerConfig:
+        """
+        The config of the model.
+
+        :param vocab_size: Of the tokenizer. A factory gets it padded to a multiple of 128.
+        """
+        if isinstance(self.model, str):
+            config = _from_factory(self.model, {}, vocab_size)
+        elif isinstance(self.model, Mapping) and "factory" in self.model:
+            arguments = {k: v for k, v in self.model.items() if k != "factory"}
+            config = _from_factory(str(self.model["factory"]), arguments, vocab_size)
+        elif isinstance(self.model, Mapping):
+            try:
+                config = TransformerConfig.from_dict(dict(self.model))
+            except Exception as error:  # OLMo-core's decoding raises many types
+                raise OLMoConfigurationError(
+                    f"model: it is no TransformerConfig of OLMo-core: {error}"
+                ) from None
+        else:
+            allowed = "a factory's name or a mapping"
+            raise OLMoConfigurationError(
+                f"model: {self.model!r} is not allowed, allowed is {allowed}"
+            )
+        _require(
+            config.vocab_size >= vocab_size,
+            "model.vocab_size",
+            config.vocab_size,
+            f"at least the tokenizer's {vocab_size}",
+        )
+        config.init_seed = self.seed
+        return config
+
+    def train_module_config(self, world_size: int) -> TransformerTrainModuleConfig:
+        """The config of the train module."""
+        shape = self.parallelism
+        data, tensor = None, None
+        if world_size > 1:
+            if shape.data != DataParallelism.none:
+                data = TransformerDataParallelConfig(
+                    name=DataParallelType(str(shape.data)),
+                    num_replicas=shape.replicas if shape.data == DataParallelism.hsdp else None,
+                )
+            if shape.tensor > 1:
+                tensor = TransformerTensorParallelConfig(degree=shape.tensor)
+        return TransformerTrainModuleConfig(
+            rank_microbatch_size=self.rank_microbatch_size,
+            max_sequence_length=self.sequence_length,
+            optim=self.optimizer_config(),
+            scheduler=self.scheduler_config(),
+            max_grad_norm=self.max_grad_norm,
+            compile_model=self.compile,
+            ac_config=self.activation_checkpointing,
+            dp_config=data,
+            tp_config=tensor,
+            autocast_precision=DType.bfloat16 if self.precision == Precision.bfloat16 else None,
+        )
+
+    def as_plain(self) -> Dict[str, Any]:
+        """The spec with all defaults, as plain data."""
+        return to_plain(self)
+
+
+def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise OLMoConfigurationError(f"{key}: {value!r} is not allowed, allowed is {allowed}")
+
+
+def _optimizer_config_class(name: str) -> Type[OptimConfig]:
+    if name.startswith(OLMO_CORE_PREFIX):
+        own = name[len(OLMO_CORE_PREFIX) :]
+        theirs = sorted(set(OptimConfig.get_registered_names()) - set(list_optimizers()))
+        if own not in theirs:
+            raise OLMoConfigurationError(
+                f"optimizer.name: OLMo-core has no optimizer {own!r}, allowed are "
+                f"{closest(own, theirs)}"
+            )
+        return OptimConfig.get_registered_class(own)
+    try:
+        return optimizer_info(name).config_class
+    except OLMoConfigurationError as error:
+        raise OLMoConfigurationError(f"optimizer.name: {error}") from None
+
+
+def _optimizer_class_name(name: str) -> str:
+    """
+    The class name of an optimizer's config, by which OLMo-core's configs find it (``_CLASS_``).
+
+    :param name: A catalogue name, with or without ``ext_``, or ``olmo_core.`` and one of
+        OLMo-core's names.
+
+    :raises OLMoConfigurationError: If there is none; gives the closest names.
+    """
+    cls = _optimizer_config_class(name)
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def _build_optimizer_spec(name: str, **values: Any) -> OptimConfig:
+    """
+    The config of an optimizer, from fields that mean the same for all of them (``lr``,
+    ``weight_decay``, ``betas``) and any others that its config has. Where a rule for matrices has
+    no betas of its own, ``betas`` are those of the AdamW beside it.
+
+    :raises OLMoConfigurationError: If there is no such optimizer or field, or a value is not
+        allowed.
+    """
+    cls = _optimizer_config_class(name)
+    known = {f.name for f in fields(cls)}
+    if "betas" in values and "betas" not in known and "adamw_betas" in known:
+        values.setdefault("adamw_betas", values["betas"])
+        del values["betas"]
+    return decode_fields(cls, values, "optimizer")
+
+
+def _factories() -> List[str]:
+    found = []
+    for name, member in inspect.getmembers(TransformerConfig, inspect.ismethod):
+        if not name.startswith("_") and "vocab_size" in inspect.signature(member).parameters:
+            found.append(name)
+    return found
+
+
+def _from_factory(name: str, arguments: Dict[str, Any], vocab_size: int) -> TransformerConfig:
+    known = _factories()
+    if name not in known:
+        raise OLMoConfigurationError(
+            f"model: OLMo-core has no model {name!r}, allowed are {closest(name, known)}"
+        )
+    arguments = {"vocab_size": 128 * -(-vocab_size // 128), **arguments}
+    backend = arguments.get("attn_backend")
+    if backend is not None:
+        backends = [str(b.value) for b in AttentionBackendName]
+        _require(backend in backends, "model.attn_backend", backend, closest(backend, backends))
+        arguments["attn_backend"] = AttentionBackendName(backend)
+    elif not has_flash_attn_2():
+        # The factories of OLMo 3 ask for flash attention, which runs on GPUs only.
+        arguments["attn_backend"] = AttentionBackendName.torch
+    try:
+        return getattr(TransformerConfig, name)(**arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise OLMoConfigurationError(f"model: {name} refuses its arguments: {error}") from None
+
+
+def load_spec(path: Path, overrides: Sequence[str] = ()) -> JolmoModel:
+    """
+    Read a spec from YAML. ``include`` names files, relative to this one, that come first;
+    interpolation is OmegaConf's.
+
+    :param overrides: ``key=value`` with a dotted key, such as ``optimizer.lr=0.01`` or
+        ``stages.0.tokens=1000``.
+
+    :raises OLMoConfigurationError: If a file cannot be read, is no mapping, or has a key or value
+        that is not allowed.
+    """
+    config = _load_yaml(Path(path), ())
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise OLMoConfigurationError(f"{override!r} is not allowed, allowed is key=value")
+        try:
+            parsed = OmegaConf.from_dotlist([f"value={value}"])
+            OmegaConf.update(config, key, parsed._get_node("value"), merge=True)
+        except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
+            raise OLMoConfigurationError(f"{override}: {_first_line(error)}") from None
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise OLMoConfigurationError(f"{path}: {_first_line(error)}") from None
+    assert isinstance(plain, dict)
+    if "pipeline" in (plain.get("parallelism") or {}):
+        raise OLMoConfigurationError(
+            "parallelism.pipeline: pipeline parallelism is not supported, allowed are data, "
+            "replicas and tensor"
+        )
+    if plain.get("precision") == "float16":
+        raise OLMoConfigurationError(
+            "precision: 'float16' is not allowed, as OLMo-core has no gradient scaler; allowed is "
+            "float32 or bfloat16"
+        )
+    return decode_fields(JolmoModel, {str(k): v for k, v in plain.items()}, "")
+
+
+def _load_yaml(path: Path, including: Tuple[Path, ...]) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = OmegaConf.create(text)
+    except OSError as error:
+        raise OLMoConfigurationError(f"{path}: {error.strerror}, allowed is a YAML file") from None
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise OLMoConfigurationError(f"{path}: it is no YAML: {_first_line(error)}") from None
+    # A text without a colon is a mapping with an empty value to OmegaConf.
+    if not isinstance(config, DictConfig) or not isinstance(yaml.safe_load(text), dict):
+        raise OLMoConfigurationError(
+            f"{path}: it is {'empty' if not text.strip() else 'not a mapping'}, allowed is a YAML "
+            "mapping"
+        )
+    files = config.pop("include", None) or []
+    for name in reversed([files] if isinstance(files, str) else list(files)):
+        base = (path.parent / str(name)).resolve()
+        if base in including:
+            raise OLMoConfigurationError(f"{path}: include of {name} is circular")
+        merged = OmegaConf.merge(_load_yaml(base, (*including, base)), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__
