@@ -12,7 +12,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import List, NoReturn, Sequence
+from typing import NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from olmo_core.distributed.utils import get_rank, init_distributed, is_distribut
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.utils import filter_warnings
 from rich.console import Console
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .stages import Interrupted, Run
 from .training import JolmoModel
@@ -66,7 +67,7 @@ def run(spec: JolmoModel, console: Console, command: Sequence[str]) -> int:
         return _fail(console, f"{str(interruption).capitalize()}. {resume}", 1)
     except KeyboardInterrupt:
         return _fail(console, f"Interrupted; nothing was lost. {resume}", 1)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # DCP's is not an Exception
         log.error(traceback.format_exc())
         return _fail(console, f"{_explain(error, spec)} {resume}", 1)
     finally:
@@ -98,22 +99,21 @@ def _log_to_file(output: Path) -> None:
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a full disk is told once, by run()
     warnings.simplefilter("default")
 
 
 def _explain(error: BaseException, spec: JolmoModel) -> str:
-    causes: List[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    for each in causes:
-        if isinstance(each, OSError) and each.errno == errno.ENOSPC:
-            return (
-                f"The run failed: no space left on the disk of {spec.output}. Whole checkpoints "
-                "are intact. Free some space."
-            )
+    # OLMo-core and DCP wrap the error of a writer's thread as text.
+    if os.strerror(errno.ENOSPC) in "".join(traceback.format_exception(error)):
+        return (
+            f"The run failed: no space left on the disk of {spec.output}. Whole checkpoints are "
+            "intact. Free some space, or set checkpoint.keep=1."
+        )
+    reason = str(error).strip().splitlines()
     return (
-        f"The run failed: {type(error).__name__}: {error}. Details are in "
-        f"{Path(spec.output) / 'train.log'}; whole checkpoints are intact."
+        f"The run failed: {type(error).__name__}: {reason[0] if reason else 'no message'}. Details "
+        f"are in {Path(spec.output) / 'train.log'}; whole checkpoints are intact."
     )
 
 
