@@ -411,7 +411,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JolmoModel:
     interpolation is OmegaConf's.
 
     :param overrides: ``key=value`` with a dotted key, such as ``optimizer.lr=0.01`` or
-        ``stages.0.tokens=1000``.
+        ``stages.0.tokens=1000``. A mapping as value replaces the one that was there.
 
     :raises OLMoConfigurationError: If a file cannot be read, is no mapping, or has a key or value
         that is not allowed.
@@ -419,11 +419,11 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JolmoModel:
     config = _load_yaml(Path(path), ())
     for override in overrides:
         key, separator, value = override.partition("=")
-        if not separator or not key:
+        if not separator or not all(key.split(".")):
             raise OLMoConfigurationError(f"{override!r} is not allowed, allowed is key=value")
         try:
             parsed = OmegaConf.from_dotlist([f"value={value}"])
-            OmegaConf.update(config, key, parsed._get_node("value"), merge=True)
+            OmegaConf.update(config, key, parsed._get_node("value"), merge=False)
         except (OmegaConfBaseException, yaml.YAMLError, IndexError, TypeError, ValueError) as error:
             raise OLMoConfigurationError(f"{override}: {_first_line(error)}") from None
     try:

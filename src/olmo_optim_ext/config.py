@@ -29,7 +29,13 @@ from olmo_core.utils import move_to_device
 from .engine.base import CALLS, ExtOptimizer
 from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
 from .engine.matrix import ALGORITHM, MatrixOptimizer
-from .engine.roles import ParamRole, Role, canonical_name, classify, named_trainable_parameters
+from .engine.roles import (
+    ParamRole,
+    Role,
+    classify,
+    frozen_parameter_names,
+    named_trainable_parameters,
+)
 
 __all__ = ["ExtOptimConfig", "MatrixOptimConfig"]
 
@@ -61,7 +67,10 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
             value, hint = getattr(self, field.name), hints[field.name]
             if isinstance(value, list) and typing.get_origin(hint) is tuple:
                 setattr(self, field.name, tuple(value))
-            for kind in (hint, *typing.get_args(hint)):
+            kinds = (hint, *typing.get_args(hint))
+            if value is None and type(None) not in kinds:
+                raise OLMoConfigurationError(f"{owner}: '{field.name}' is None, allowed is a value")
+            for kind in kinds:
                 if not isinstance(kind, type) or value is None:
                     continue
                 if kind is bool:
@@ -83,10 +92,15 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
         del row
         return None
 
-    def roles(self, model: nn.Module) -> Dict[str, ParamRole]:
+    def roles(self, model: nn.Module, strict: bool = True) -> Dict[str, ParamRole]:
         """The role of each trainable parameter by canonical name, overrides applied."""
+        return self._roles(model, self._overrides(model, strict))
+
+    def _roles(
+        self, model: nn.Module, overrides: Dict[str, Dict[str, Any]]
+    ) -> Dict[str, ParamRole]:
         rows = classify(model)
-        for name, opts in self._overrides(model, strict=True).items():
+        for name, opts in overrides.items():
             if "role" in opts:
                 role = to_choice(
                     Role, opts["role"], f"group_overrides of {name}: role", _name(self)
@@ -109,7 +123,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                 f"{_name(self)}: the model has no trainable parameter, allowed is a model with one"
             )
         overrides = self._overrides(model, strict)
-        rows = self.roles(model)
+        rows = self._roles(model, overrides)
         groups: Dict[Any, Dict[str, Any]] = {}
         for name, param in params.items():
             opts = overrides.get(name, {})
@@ -127,7 +141,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
     def _overrides(self, model: nn.Module, strict: bool) -> Dict[str, Dict[str, Any]]:
         # The options by parameter; parameters of one override share the same dict.
         params = named_trainable_parameters(model)
-        names = {canonical_name(name) for name, _ in model.named_parameters()}
+        frozen = frozen_parameter_names(model)
         by_name: Dict[str, Dict[str, Any]] = {}
         for index, override in enumerate(self.group_overrides or []):
             opts = dict(override.opts)
@@ -136,9 +150,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                     f"{_name(self)}: 'params' of 'group_overrides' {index} is "
                     f"{override.params!r}, allowed is a list of names or patterns"
                 )
-            expanded = self._expand_param_globs(
-                override, params, names - params.keys(), index, strict=strict
-            )
+            expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
             for name in dict.fromkeys(expanded.params):
                 if name in by_name:
                     raise OLMoConfigurationError(

@@ -16,6 +16,7 @@ import torch
 from olmo_core.distributed.utils import get_local_tensor
 
 from .base import ExtOptimizer, GroupWork, Member
+from .hyperparameters import to_flag
 
 __all__ = ["ElementwiseOptimizer", "ElementwiseRule", "Scalar", "apply_rule", "bias_correction"]
 
@@ -75,11 +76,16 @@ def apply_rule(
         param = get_local_tensor(member.param)
         if param.numel() == 0:
             continue
-        flat = param.reshape(-1)
-        buffers = [member.local(name).view(-1) for name in rule.buffers]
-        run(rule.update, flat, member.grad.reshape(-1), buffers, scalars[member.slot])
+        flat = _flat(param)
+        buffers = [_flat(member.local(name)) for name in rule.buffers]
+        run(rule.update, flat, _flat(member.grad), buffers, scalars[member.slot].detach())
         if not param.is_contiguous():  # then flat was a copy
             param.copy_(flat.view(param.shape))
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    # Detached, because dynamo guards on the shape of what a tensor is a view of.
+    return x.reshape(-1).detach()
 
 
 def _update_in_place(
@@ -122,7 +128,7 @@ class ElementwiseOptimizer(ExtOptimizer):
     rule: ClassVar[ElementwiseRule]
 
     def __init__(self, params: Any, defaults: Dict[str, Any], compile: bool = False):
-        self._compile = compile
+        self._compile = to_flag(compile, "compile", type(self).__name__)
         super().__init__(params, defaults)
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:

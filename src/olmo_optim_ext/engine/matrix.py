@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from .base import ExtOptimizer, GroupWork, Member
 from .elementwise import ElementwiseRule, apply_rule
 from .exchange import Path, RowExchange, gather_whole, local_part, path_of
+from .hyperparameters import to_flag
 
 __all__ = ["ALGORITHM", "MatrixOptimizer"]
 
@@ -49,7 +50,7 @@ class MatrixOptimizer(ExtOptimizer):
     matrix_buffers: ClassVar[Tuple[str, ...]]
 
     def __init__(self, params: Any, defaults: Dict[str, Any], compile: bool = False):
-        self._compile = compile
+        self._compile = to_flag(compile, "compile", type(self).__name__)
         self._exchanges: Dict[Tuple[int, ...], RowExchange] = {}
         super().__init__(params, {**defaults, ALGORITHM: None})
         if not any(group[ALGORITHM] == self.algorithm for group in self.param_groups):

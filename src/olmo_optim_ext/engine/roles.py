@@ -14,7 +14,14 @@ from olmo_core.nn.moe.v2.routed_experts import RoutedExperts
 from olmo_core.nn.moe.v2.shared_experts import SharedExperts
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["ParamRole", "Role", "canonical_name", "classify", "named_trainable_parameters"]
+__all__ = [
+    "ParamRole",
+    "Role",
+    "canonical_name",
+    "classify",
+    "frozen_parameter_names",
+    "named_trainable_parameters",
+]
 
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 
@@ -64,9 +71,13 @@ def canonical_name(name: str) -> str:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     # "module." is stripped as a wrapper, not as text: a model may have a child of that name.
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif inner := [m for name, m in model.named_children() if name in _WRAPPERS]:
+            model = inner[0]
+        else:
+            return model
 
 
 def _modules(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
@@ -80,6 +91,15 @@ def named_trainable_parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
         canonical_name(name): param
         for name, param in _unwrap(model).named_parameters()
         if param.requires_grad
+    }
+
+
+def frozen_parameter_names(model: nn.Module) -> Set[str]:
+    """The canonical names of the parameters that are not trained."""
+    return {
+        canonical_name(name)
+        for name, param in _unwrap(model).named_parameters()
+        if not param.requires_grad
     }
 
 

@@ -5,6 +5,7 @@ What the optimizers for matrices share: AdamW for the parameters that are none.
 from typing import Any, Dict, Optional, Tuple
 
 from ..elementwise.adamw import ADAMW
+from ..engine.hyperparameters import check_hyperparameters
 from ..engine.matrix import ALGORITHM, MatrixOptimizer
 
 __all__ = ["MatrixAndAdamW"]
@@ -32,6 +33,13 @@ class MatrixAndAdamW(MatrixOptimizer):
         adamw_weight_decay: Optional[float],
         compile: bool = False,
     ):
+        own = {
+            "adamw_lr": adamw_lr,
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "adamw_weight_decay": adamw_weight_decay,
+        }
+        check_hyperparameters(own, type(self).__name__)
         lr, weight_decay = defaults["lr"], defaults["weight_decay"]
         self._adamw = {
             "lr": lr if adamw_lr is None else adamw_lr,

@@ -13,7 +13,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 
 from ..config import MatrixOptimConfig
-from ..engine.hyperparameters import to_choice, to_flag
+from ..engine.hyperparameters import check_hyperparameters, to_choice, to_flag
 from ..linalg.polar import PolarMethod, newton_schulz_flops, polar
 from .base import MatrixAndAdamW
 
@@ -53,6 +53,14 @@ def lr_scale(scaling: str, rows: int, cols: int) -> float:
     return math.sqrt(max(1.0, rows / cols))
 
 
+def _polar_dtype(dtype: Any, owner: str) -> torch.dtype:
+    if dtype not in (DType.float32, DType.bfloat16):
+        raise OLMoConfigurationError(
+            f"{owner}: 'polar_dtype' is {dtype!r}, allowed are float32 and bfloat16"
+        )
+    return DType(dtype).as_pt()
+
+
 class Muon(MatrixAndAdamW):
     """
     ``W <- (1 - lr wd) W - lr s polar(mu M + (1 - mu) g)``, with the scale ``s`` of
@@ -87,7 +95,8 @@ class Muon(MatrixAndAdamW):
         name = type(self).__name__
         self._polar_method = to_choice(PolarMethod, polar_method, "polar_method", name)
         self._polar_steps = polar_steps
-        self._polar_dtype = None if polar_dtype is None else DType(polar_dtype).as_pt()
+        check_hyperparameters({"polar_steps": polar_steps}, name)
+        self._polar_dtype = None if polar_dtype is None else _polar_dtype(polar_dtype, name)
         super().__init__(
             params,
             dict(
@@ -177,11 +186,8 @@ class MuonConfig(MatrixOptimConfig[Muon]):
 
     def __post_init__(self, *args: Any) -> None:
         super().__post_init__(*args)
-        if self.polar_dtype not in (None, DType.float32, DType.bfloat16):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: 'polar_dtype' is {self.polar_dtype!r}, allowed are "
-                "float32 and bfloat16"
-            )
+        if self.polar_dtype is not None:
+            _polar_dtype(self.polar_dtype, type(self).__name__)
 
     def takes_head(self) -> bool:
         return self.muon_on_lm_head

@@ -219,7 +219,7 @@ def test_compiled_is_eager_and_one_kernel_serves_all_sizes(make: Make, fresh_dyn
 @pytest.mark.parametrize("make", [RULES["adamw"], RULES["nadamw"]], ids=["adamw", "nadamw"])
 def test_compiled_is_eager_for_parameters_of_any_dimension(make: Make, fresh_dynamo: None):
     twins = Twins(make, [(24,), (4, 6), (), (1,), (0,), (3, 1, 5), (2, 3, 4, 5)])
-    assert twins.step(3) >= 1
+    assert twins.step(3) <= 2
     for change in CHANGES:
         twins.set(**change)
         assert twins.step(1) == 0

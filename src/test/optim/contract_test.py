@@ -316,8 +316,13 @@ def test_state_bytes_are_as_declared(name):
 )
 def test_bad_values_are_refused_by_config_and_constructor(name, bad):
     (field,) = bad
+    config_class = get_config_class(name)
     with pytest.raises(OLMoConfigurationError, match=f"'{field}' is .*allowed"):
-        get_config_class(name)(**bad)
+        config_class(**bad)
+    if field not in config_class.CONFIG_ONLY:
+        groups = config_class().build_groups(nn.Linear(3, 2, bias=False))
+        with pytest.raises(OLMoConfigurationError, match=f"'{field}' is .*allowed"):
+            config_class.optimizer()(groups, **bad)
 
 
 @pytest.mark.parametrize("name", NAMES)

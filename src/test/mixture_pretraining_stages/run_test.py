@@ -1,0 +1,206 @@
+"""
+Whole runs of a tiny experiment: what they leave behind, and that nothing interrupts them for good.
+"""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import torch
+from olmo_core.distributed.checkpoint import unshard_checkpoint
+from omegaconf import OmegaConf
+
+from mixture_pretraining_stages import checkpoints
+from mixture_pretraining_stages.callbacks import read_metrics
+from mixture_pretraining_stages.stages import plan_stages
+from mixture_pretraining_stages.training import load_spec
+
+from .spec import tiny_spec, write_spec
+
+WORKER = Path(__file__).with_name("run_worker.py")
+FINISHED, KILLED = 0, -9
+
+
+def run(spec: Dict[str, Any], *moments: object) -> List[int]:
+    """Run the spec, killed at each moment, then to the end; the exit codes."""
+    path = write_spec(Path(spec["output"]).with_suffix(".yaml"), spec)
+    result = subprocess.run(
+        [sys.executable, str(WORKER), str(path), *map(str, moments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [int(line) for line in result.stdout.split()]
+
+
+def final_state(output: Path, scratch: Path) -> Dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint."""
+    saved = checkpoints.latest(output / "stages" / "01-two")
+    assert saved is not None
+    model, optim = unshard_checkpoint(f"{saved.path}/model_and_optim", scratch, quiet=True)
+    assert optim is not None
+    states = {**torch.load(model), **torch.load(optim)}
+    flat: Dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, each in value.items():
+                walk(f"{prefix}.{key}", each)
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", states)
+    return flat
+
+
+def losses(output: Path) -> Dict[int, Dict[str, float]]:
+    """Training and validation losses by step."""
+    return {
+        row["step"]: {key: value for key, value in row.items() if key.endswith("CE loss")}
+        for row in read_metrics(output / "metrics.jsonl")
+    }
+
+
+def assert_same_end(output: Path, expected: Path, scratch: Path) -> None:
+    got, want = final_state(output, scratch / "got"), final_state(expected, scratch / "want")
+    assert len(want) > 20
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert torch.equal(got[key], tensor), key
+    assert losses(output) == losses(expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(tiny_spec(folder)) == [FINISHED]
+    return folder / "run"
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    for name in ("config.yaml", "roles.txt", "roles.json", "metrics.jsonl", "curves.png"):
+        assert (uninterrupted / name).stat().st_size > 0, name
+    rows = [r for r in read_metrics(uninterrupted / "metrics.jsonl") if "train/CE loss" in r]
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert [row["stage"] for row in rows] == ["one"] * 12 + ["two"] * 6
+    assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 19)]
+    evaluated = [row["step"] for row in rows if "eval/validation/first/BPB" in row]
+    assert evaluated == [4, 8, 12, 16, 18]
+    roles = {row["name"]: row for row in json.loads((uninterrupted / "roles.json").read_text())}
+    assert roles["blocks.0.attention.w_q.weight"]["algorithm"] == "muon"
+    assert roles["lm_head.w_out.weight"]["algorithm"] == "adamw"
+
+
+def test_the_resolved_config_is_the_spec_with_its_defaults(uninterrupted):
+    resolved = load_spec(uninterrupted / "config.yaml")
+    assert resolved.max_grad_norm == 1.0
+    assert resolved == load_spec(uninterrupted.with_suffix(".yaml"))
+
+
+def test_old_checkpoints_are_removed_and_stage_ends_are_kept(uninterrupted):
+    kept = {
+        folder.name: sorted(path.name for path in folder.iterdir())
+        for folder in (uninterrupted / "stages").iterdir()
+    }
+    assert kept == {"00-one": ["step12", "step9"], "01-two": ["step15", "step18"]}
+
+
+def test_the_schedule_spans_the_run_and_stages_scale_it(uninterrupted):
+    rates = {
+        row["step"]: row["optim/LR (group 0)"]
+        for row in read_metrics(uninterrupted / "metrics.jsonl")
+        if "optim/LR (group 0)" in row
+    }
+    assert rates[1] == pytest.approx(0.005)  # warm-up of two steps
+    assert rates[12] == pytest.approx(0.01)
+    assert rates[13] == pytest.approx(0.005)  # lr_scale of the second stage
+    assert rates[18] == pytest.approx(0.0)  # the decay ends with the run
+
+
+def test_bits_per_byte_are_the_loss_in_bits(uninterrupted):
+    # A byte is a token; each document of 400 bytes or so ends with one token more.
+    row = read_metrics(uninterrupted / "metrics.jsonl")[-1]
+    loss, bits = row["eval/validation/first/CE loss"], row["eval/validation/first/BPB"]
+    assert bits == pytest.approx(loss / 0.6931, rel=5e-3)
+    assert bits > loss / 0.69315
+
+
+def test_training_learns(uninterrupted):
+    by_step = losses(uninterrupted)
+    assert by_step[18]["train/CE loss"] < by_step[1]["train/CE loss"] - 1
+
+
+def test_the_same_command_again_finds_nothing_to_do(uninterrupted):
+    spec = OmegaConf.to_container(OmegaConf.load(uninterrupted.with_suffix(".yaml")))
+    assert isinstance(spec, dict)
+    before = losses(uninterrupted)
+    assert run({str(k): v for k, v in spec.items()}) == [FINISHED]
+    assert losses(uninterrupted) == before
+
+
+MID_SAVE = [
+    "Checkpointer._get_tmp_dir:1",
+    "Checkpointer._save_train_state:2",
+    "Checkpointer._teardown_tmp_dir:1",
+    "Checkpointer.save_async:2",
+    "Checkpointer._save_metadata:2",
+]
+BETWEEN = [
+    "StageCheckpointer._remove_checkpoint:1",
+    "StageCheckpointer.post_train:1",
+    "Trainer.load_checkpoint:1",
+    "Trainer.fit:1",
+]
+
+
+@pytest.mark.parametrize("moments", [MID_SAVE, BETWEEN], ids=["mid_save", "between"])
+def test_killed_while_saving_or_between_stages_it_ends_as_uninterrupted(
+    moments, uninterrupted, tmp_path
+):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    assert run(spec, *moments) == [*[KILLED] * len(moments), FINISHED]
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+
+
+def test_killed_at_ten_random_moments_it_ends_as_uninterrupted(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    moments = [round(random.uniform(0.05, 1.2), 2) for _ in range(10)]
+    codes = run(spec, *moments)
+    print(moments, codes)
+    assert codes[-1] == FINISHED
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+
+
+def test_a_half_written_checkpoint_is_removed_not_loaded(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    assert run(spec, "Checkpointer._save_metadata:2") == [KILLED, FINISHED]
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+    folder = tmp_path / "run" / "stages" / "01-two"
+    half = folder / "step99"
+    (half / "train").mkdir(parents=True)
+    (half / "train" / "rank0.pt").write_bytes(b"")
+    assert checkpoints.latest(folder) == (18, str(folder / "step18"))
+    checkpoints.remove_half_written(folder)
+    assert not half.exists()
+
+
+def test_another_config_in_the_same_folder_is_refused(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(uninterrupted))
+    assert run({**spec, "optimizer": {"name": "adamw", "lr": 0.01}}) == [2]
+    assert run({**spec, "seed": 1}) == [2]
+    # What does not change the training may change.
+    write_spec(uninterrupted.with_suffix(".yaml"), spec)
+    assert run({**spec, "checkpoint": {"every": 7, "keep": 2}}) == [FINISHED]
+
+
+def test_stages_are_planned_in_whole_batches(tmp_path):
+    spec = load_spec(write_spec(tmp_path / "s.yaml", tiny_spec(tmp_path)))
+    spec.stages[0].tokens = 256 * 3 + 1
+    plans = plan_stages(spec)
+    assert [(p.first_step, p.last_step) for p in plans] == [(0, 4), (4, 10)]
+    assert [p.folder.name for p in plans] == ["00-one", "01-two"]
