@@ -66,8 +66,8 @@ def build_evaluator(
         count = wanted - wanted % size  # metrics are reduced over ranks: each has as many batches
         if count == 0:
             raise OLMoConfigurationError(
-                f"evaluation.tokens: {tokens} leaves {wanted} held-out instances of source "
-                f"'{name}', allowed is at least one of {source.sequence_length} tokens for each "
+                f"evaluation.tokens: {tokens} for source '{name}' are {wanted} held-out instances, "
+                f"allowed is at least one of {source.sequence_length} tokens for each "
                 f"of {size} data parallel ranks"
             )
         indices = np.linspace(0, len(source) - 1, count).astype(int)[rank::size]

@@ -266,7 +266,7 @@ class Run:
                 for source, tokens in sources.items()
             },
             {source: tokens.bytes_per_token() for source, tokens in sources.items()},
-            tokens=spec.evaluation.tokens,
+            tokens=spec.evaluation.tokens // len(sources),
             rank_batch_size=spec.rank_microbatch_size,
             collator=collator,
             device=self.device,

@@ -89,7 +89,7 @@ class EvaluationSpec:
     every: int = 100
     """In steps; the end of a stage is always evaluated."""
     tokens: int = 65_536
-    """Held-out tokens of each source."""
+    """Held-out tokens of an evaluation, shared evenly by the sources."""
 
 
 @dataclass
@@ -164,13 +164,13 @@ class JolmoModel:
             part, name = key.split(".")
             value = getattr(getattr(self, part), name)
             _require(value >= 1, key, value, "an integer >= 1")
+        self._check_stages()
         _require(
-            self.evaluation.tokens >= self.sequence_length,
+            self.evaluation.tokens >= self.sequence_length * len(self.sources),
             "evaluation.tokens",
             self.evaluation.tokens,
-            f"at least sequence_length ({self.sequence_length})",
+            f"at least sequence_length x sources ({self.sequence_length} x {len(self.sources)})",
         )
-        self._check_stages()
         self._check_batch(world_size)
         self.optimizer_config()
         self.scheduler_config()

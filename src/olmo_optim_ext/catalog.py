@@ -19,6 +19,7 @@ __all__ = [
     "closest",
     "get_config_class",
     "list_optimizers",
+    "markdown_table",
     "optimizer_info",
 ]
 
@@ -155,6 +156,16 @@ def closest(name: str, allowed: Iterable[str]) -> str:
 def list_optimizers() -> List[str]:
     """The names of all optimizers of this package."""
     return list(_BY_NAME)
+
+
+def markdown_table() -> str:
+    """The catalogue as a Markdown table, for the README."""
+    lines = ["| name | what it is | state, bytes per parameter | source |", "|---|---|---|---|"]
+    for row in _ROWS:
+        lines.append(
+            f"| `{row.name}` | {row.summary} | {row.state_bytes_per_param:g} | {row.paper} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def optimizer_info(name: str) -> OptimizerInfo:

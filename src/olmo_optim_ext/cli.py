@@ -19,7 +19,7 @@ from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.tokenizers import load_tokenizer
 from mixture_pretraining_stages.training import JolmoModel, load_spec
 
-from .catalog import OptimizerInfo, list_optimizers, optimizer_info
+from .catalog import OptimizerInfo, list_optimizers, markdown_table, optimizer_info
 from .config import ExtOptimConfig
 from .role_table import role_table, to_json, to_text
 
@@ -39,12 +39,17 @@ _CONFIG_HELP = "A YAML file; the quickstart if left out. Then key=value override
 
 
 @app.command("list")
-def list_() -> None:
+def list_(
+    markdown: bool = typer.Option(False, "--markdown", help="Print a Markdown table."),
+) -> None:
     """
     List the optimizers.
 
     [bold]Example:[/bold] olmo-optim list
     """
+    if markdown:
+        sys.stdout.write(markdown_table())
+        return
     table = Table("name", "family", "summary", "state bytes/param", "paper", box=None)
     for name in list_optimizers():
         info = optimizer_info(name)

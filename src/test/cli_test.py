@@ -176,7 +176,7 @@ def test_a_signal_saves_and_the_same_command_resumes(signal_name, tmp_path):
         tmp_path,
         stages=[{"name": "one", "tokens": 256 * 2000, "mixture": {"first": 1}}],
         checkpoint={"every": 10_000, "keep": 2},
-        evaluation={"every": 10_000, "tokens": 256},
+        evaluation={"every": 10_000, "tokens": 512},
     )
     path = str(write_spec(tmp_path / "spec.yaml", spec))
     process = start("pretrain", path)
@@ -203,3 +203,16 @@ def test_a_signal_saves_and_the_same_command_resumes(signal_name, tmp_path):
     resumed.wait()
     assert any(f"continuing from {saved}" in line for line in lines)
     assert not any(line.startswith("one 200/") for line in lines)
+
+
+def test_the_readme_has_the_catalogues_table(call):
+    code, out, _ = call("list", "--markdown")
+    assert code == 0
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"-->\n{out}<!--" in readme.read_text()
+
+
+def test_every_optimizer_has_a_plan_page():
+    plans = Path(__file__).parents[2] / "plans"
+    for name in olmo_optim_ext.list_optimizers():
+        assert name in (plans / f"{name}.md").read_text()

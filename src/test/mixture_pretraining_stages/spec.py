@@ -39,7 +39,7 @@ def tiny_spec(folder: Path, **changes: Any) -> Dict[str, Any]:
             {"name": "one", "tokens": 256 * 12, "mixture": {"first": 3, "second": 1}},
             {"name": "two", "tokens": 256 * 6, "mixture": {"second": 1}, "lr_scale": 0.5},
         ],
-        "evaluation": {"every": 4, "tokens": 256},
+        "evaluation": {"every": 4, "tokens": 512},
         "checkpoint": {"every": 3, "keep": 2},
         "cache": str(folder / "cache"),
         "output": str(folder / "run"),
