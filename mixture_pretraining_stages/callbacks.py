@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Dict, List, Optional
 
-from olmo_core.distributed.utils import get_rank, get_world_size
+import torch
+import torch.distributed as dist
+from olmo_core.distributed.utils import get_rank, get_world_size, is_distributed
 from olmo_core.optim import Scheduler
 from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLoggerCallback
 from rich.console import Console
@@ -22,6 +24,7 @@ __all__ = [
     "ProgressBar",
     "StageCheckpointer",
     "StageScheduler",
+    "StopOnSignal",
     "read_metrics",
 ]
 
@@ -65,6 +68,26 @@ class StageCheckpointer(CheckpointerCallback):
     def post_train(self):
         super().post_train()
         self._remove_old_checkpoints()
+
+
+@dataclass
+class StopOnSignal(Callback):
+    """
+    Stops all ranks after the same step once any of them got SIGINT or SIGTERM.
+
+    The trainer's own check is asynchronous, so that one rank may read its result a step later than
+    another, and then waits for it for ever. This one costs an all-reduce of one number on the CPU.
+    """
+
+    def post_step(self):
+        # The trainer's signal handler has no other way to tell.
+        asked = self.trainer._canceling_rank is not None
+        if is_distributed():
+            flag = torch.tensor(int(asked))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked:
+            self.trainer.cancel_run("a signal asked to stop", no_sync=True)
 
 
 @dataclass

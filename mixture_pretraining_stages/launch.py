@@ -5,14 +5,14 @@ Starting a run in this process, or in one process a rank.
 import errno
 import logging
 import os
-import shlex
 import signal
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, Sequence
+from typing import Iterator, NoReturn, Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ def start_ranks(nproc: int, arguments: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, command)
 
 
-def run(spec: JolmoModel, console: Console, command: Sequence[str]) -> int:
+def run(spec: JolmoModel, console: Console, command: str) -> int:
     """
     Run an experiment to its end.
 
@@ -54,12 +54,13 @@ def run(spec: JolmoModel, console: Console, command: Sequence[str]) -> int:
 
     :returns: The exit code: 0, 1 if the run failed or was interrupted, 2 for bad input.
     """
+    resume = f"Resume with: {command}"
     # Until the trainer takes the signals over, there is nothing to save.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    resume = f"Resume with: {shlex.join(command)}"
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _prepare_process(spec)
-        Run(spec, console).execute()
+        with _log_to_file(Path(spec.output)):
+            _start_process_group()
+            Run(spec, console).execute()
         return 0
     except OLMoConfigurationError as error:
         return _fail(console, str(error), 2)
@@ -68,39 +69,51 @@ def run(spec: JolmoModel, console: Console, command: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail(console, f"Interrupted; nothing was lost. {resume}", 1)
     except (Exception, CheckpointException) as error:  # DCP's is not an Exception
-        log.error(traceback.format_exc())
         return _fail(console, f"{_explain(error, spec)} {resume}", 1)
     finally:
         if is_distributed():
             dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, handler)
 
 
-def _prepare_process(spec: JolmoModel) -> None:
-    filter_warnings()
-    _log_to_file(Path(spec.output))
+def _start_process_group() -> None:
     if launched_by_torchrun():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         init_distributed(backend=backend, timeout=timedelta(minutes=30), shared_filesytem=True)
 
 
-def _log_to_file(output: Path) -> None:
-    # The console is for the run; what OLMo-core logs is for when something went wrong.
+@contextmanager
+def _log_to_file(output: Path) -> Iterator[None]:
+    """The console is for the run; what OLMo-core logs is for when something went wrong."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         output.mkdir(parents=True, exist_ok=True)
         name = "train.log" if rank == 0 else f"train.rank{rank}.log"
-        handler = logging.FileHandler(output / name, delay=False)
+        handler = logging.FileHandler(output / name)
     except OSError as error:
         raise OLMoConfigurationError(
             f"output: {output} cannot be written ({error.strerror}), allowed is a folder that can"
         ) from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    level, raises = root.level, logging.raiseExceptions
     root.addHandler(handler)
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logging.captureWarnings(True)
     logging.raiseExceptions = False  # a full disk is told once, by run()
-    warnings.simplefilter("default")
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            filter_warnings()
+            yield
+    except BaseException:
+        log.error(traceback.format_exc())
+        raise
+    finally:
+        logging.captureWarnings(False)
+        logging.raiseExceptions = raises
+        root.setLevel(level)
+        root.removeHandler(handler)
+        handler.close()
 
 
 def _explain(error: BaseException, spec: JolmoModel) -> str:

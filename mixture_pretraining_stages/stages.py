@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -44,7 +45,14 @@ from rich.progress import Progress
 from olmo_optim_ext.role_table import role_table, to_json, to_text
 
 from . import checkpoints
-from .callbacks import MetricsFile, ProgressBar, StageCheckpointer, StageScheduler, read_metrics
+from .callbacks import (
+    MetricsFile,
+    ProgressBar,
+    StageCheckpointer,
+    StageScheduler,
+    StopOnSignal,
+    read_metrics,
+)
 from .decoding import decode_fields
 from .evaluation import build_evaluator
 from .report import draw_curves, validation_table
@@ -283,7 +291,11 @@ class Run:
                 fixed_steps=[plan.last_step],
                 max_checkpoints=spec.checkpoint.keep,
                 pre_train_checkpoint=False,
+                # OLMo-core's asynchronous save records its duration from a thread, at a step that
+                # may differ between ranks, and then the reduction of metrics hangs.
+                save_async=False,
             ),
+            "stop_on_signal": StopOnSignal(),
             "metrics_file": MetricsFile(path=self.metrics_path, stage=name),
             "progress": ProgressBar(
                 console=self.console,
@@ -339,7 +351,7 @@ class Run:
             max_duration=Duration.steps(self.plans[-1].last_step),
             hard_stop=Duration.steps(plan.last_step),
             load_strategy=LoadStrategy.never,  # _restore() decides what is loaded
-            cancel_check_interval=1,
+            cancel_check_interval=sys.maxsize,  # StopOnSignal does it
             callbacks=self._callbacks(plan, train_module, tokenizer, sources, collator),
         ).build(train_module, loader)
         config_saver = trainer.callbacks["config_saver"]

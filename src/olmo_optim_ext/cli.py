@@ -5,6 +5,7 @@ The command ``olmo-optim``.
 import ast
 import dataclasses
 import inspect
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -160,16 +161,14 @@ def pretrain(
     torchrun --nproc-per-node 8 -m mixture_pretraining_stages pretrain my.yaml
     """
     spec = _load(arguments)
-    if nproc > 1 and not launched():
+    command = ["pretrain", *(arguments or [])]
+    if nproc > 1:
+        command += ["--nproc", str(nproc)]
+    if nproc > 1 and not launch.launched_by_torchrun():
         spec.check(nproc)  # before ranks start: one message instead of one a rank
-        launch.start_ranks(nproc, ["pretrain", *(arguments or [])])
-    options = ["--nproc", str(nproc)] if nproc > 1 else []
-    command = ["olmo-optim", "pretrain", *(arguments or []), *options]
-    raise typer.Exit(launch.run(spec, console, command))
-
-
-def launched() -> bool:
-    return launch.launched_by_torchrun()
+        launch.start_ranks(nproc, command)
+    start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
+    raise typer.Exit(launch.run(spec, console, f"{start} {shlex.join(command)}"))
 
 
 def _load(arguments: Optional[List[str]]) -> JolmoModel:

@@ -170,39 +170,45 @@ def test_two_ranks_print_once_and_train_like_one(two_ranks):
     assert validation("run") == pytest.approx(validation("one"), rel=1e-3)
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_the_same_command_resumes(signal_name, tmp_path):
+@pytest.mark.parametrize(
+    "signal_name,options",
+    [("SIGINT", []), ("SIGTERM", []), ("SIGTERM", ["--nproc", "2"])],
+    ids=["SIGINT", "SIGTERM", "SIGTERM on two ranks"],
+)
+def test_a_signal_saves_and_the_same_command_resumes(signal_name, options, tmp_path):
     spec = tiny_spec(
         tmp_path,
-        stages=[{"name": "one", "tokens": 256 * 2000, "mixture": {"first": 1}}],
+        stages=[{"name": "one", "tokens": 256 * 1000, "mixture": {"first": 1}}],
         checkpoint={"every": 10_000, "keep": 2},
         evaluation={"every": 10_000, "tokens": 512},
     )
-    path = str(write_spec(tmp_path / "spec.yaml", spec))
-    process = start("pretrain", path)
+    command = ["pretrain", str(write_spec(tmp_path / "spec.yaml", spec)), *options]
+    process = start(*command)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("one 200/"):
+        if line.startswith("one 100/"):
             break
     process.send_signal(getattr(signal, signal_name))
     code, out = finish(process)
     assert code == 1
-    assert f"Resume with: olmo-optim pretrain {path}" in out
+    assert f"Resume with: olmo-optim {' '.join(command)}" in out
     (saved,) = (tmp_path / "run" / "stages" / "00-one").glob("step*")
     step = int(saved.name.removeprefix("step"))
-    assert f"at step {step} of 2000" in out
+    assert step < 1000
+    assert f"at step {step} of 1000" in out
 
-    resumed = start("pretrain", path)
+    resumed = start(*command)
     assert resumed.stdout is not None
     lines = []
     for line in resumed.stdout:
         lines.append(line)
-        if line.startswith("one 400/") or "failed" in line:
+        if line.startswith(f"one {100 * (step // 100 + 1)}/") or "failed" in line:
             break
-    resumed.kill()
+    resumed.terminate()
     resumed.wait()
     assert any(f"continuing from {saved}" in line for line in lines)
-    assert not any(line.startswith("one 200/") for line in lines)
+    assert lines[-1].startswith(f"one {100 * (step // 100 + 1)}/")
+    assert not any(line.startswith("one 100/") for line in lines)
 
 
 def test_the_readme_has_the_catalogues_table(call):

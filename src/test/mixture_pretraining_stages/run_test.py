@@ -147,7 +147,7 @@ MID_SAVE = [
     "Checkpointer._get_tmp_dir:1",
     "Checkpointer._save_train_state:2",
     "Checkpointer._teardown_tmp_dir:1",
-    "Checkpointer.save_async:2",
+    "Checkpointer._prepare_dir:2",
     "Checkpointer._save_metadata:2",
 ]
 BETWEEN = [

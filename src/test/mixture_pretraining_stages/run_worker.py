@@ -19,12 +19,11 @@ from olmo_core.train import Trainer
 from olmo_core.train.checkpoint import Checkpointer
 from rich.console import Console
 
-from mixture_pretraining_stages import checkpoints, launch
+from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.callbacks import StageCheckpointer
 from mixture_pretraining_stages.training import load_spec
 
 CLASSES = {cls.__name__: cls for cls in (Checkpointer, StageCheckpointer, Trainer)}
-del checkpoints
 
 
 def die_after(moment: str) -> None:
@@ -51,7 +50,7 @@ def run_once(path: Path, moment: str) -> int:
         if "." in moment and ":" in moment:
             die_after(moment)
         with open(os.devnull, "w") as nothing:
-            code = launch.run(load_spec(path), Console(file=nothing), ["olmo-optim"])
+            code = launch.run(load_spec(path), Console(file=nothing), "olmo-optim")
         os._exit(code)
     if moment and ":" not in moment:
         time.sleep(float(moment))
