@@ -162,11 +162,12 @@ def pretrain(
     """
     spec = _load(arguments)
     command = ["pretrain", *(arguments or [])]
-    if nproc > 1:
-        command += ["--nproc", str(nproc)]
     if nproc > 1 and not launch.launched_by_torchrun():
         spec.check(nproc)  # before ranks start: one message instead of one a rank
-        launch.start_ranks(nproc, command)
+        # torchrun would take --nproc for an abbreviation of an option of its own.
+        launch.start_ranks(nproc, [*command, "--ngpus", str(nproc)])
+    if nproc > 1:
+        command += ["--nproc", str(nproc)]
     start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
     raise typer.Exit(launch.run(spec, console, f"{start} {shlex.join(command)}"))
 
