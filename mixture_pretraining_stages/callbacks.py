@@ -39,6 +39,11 @@ class StageScheduler(Scheduler):
     inner: Optional[Scheduler] = None
     scale: float = 1.0
 
+    def __post_init__(self, *_: Any) -> None:
+        assert self.inner is not None
+        self.units, self.lr_field = self.inner.units, self.inner.lr_field
+        self.initial_lr_field = self.inner.initial_lr_field
+
     def get_lr(self, initial_lr, current, t_max):
         assert self.inner is not None
         return self.inner.get_lr(initial_lr, current, t_max) * self.scale
@@ -80,14 +85,18 @@ class StopOnSignal(Callback):
     """
 
     def post_step(self):
-        # The trainer's signal handler has no other way to tell.
-        asked = self.trainer._canceling_rank is not None
-        if is_distributed():
-            flag = torch.tensor(int(asked))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = bool(flag)
-        if asked:
+        if self.asked():
             self.trainer.cancel_run("a signal asked to stop", no_sync=True)
+
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop since the trainer started. All ranks call it."""
+        # The trainer's signal handler has no other way to tell.
+        here = self.trainer._canceling_rank is not None
+        if not is_distributed():
+            return here
+        anywhere = torch.tensor(int(here))
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return bool(anywhere)
 
 
 @dataclass
@@ -125,6 +134,8 @@ def read_metrics(path: Path) -> List[Dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
+            continue
+        if not isinstance(row, dict) or not {"step", "stage"} <= row.keys():
             continue
         # What is recorded between two stages is for the step, and the stage, that came before.
         merged = by_step.setdefault(row["step"], {"stage": row["stage"]})

@@ -49,7 +49,7 @@ def remove_half_written(folder: Path) -> None:
 
 def check_fits(path: str, train_module: TransformerTrainModule) -> None:
     """
-    Check that a checkpoint has what the model and the optimizer will load.
+    Check that a checkpoint has what the model and the optimizer will load, and nothing else.
 
     :raises OLMoConfigurationError: Names the checkpoint and the first thing that does not fit.
     """
@@ -57,6 +57,13 @@ def check_fits(path: str, train_module: TransformerTrainModule) -> None:
     for what in ("model", "optim"):
         expected = train_module.state_dict_to_save()[what]
         problems = _problems(what, expected, metadata)
+        prefix = f"{what}."
+        known = {f"{prefix}{key}" for key in expected}
+        problems += [
+            f"it also has {key.removeprefix(prefix)}"
+            for key in metadata
+            if key.startswith(prefix) and key not in known
+        ]
         if problems:
             owner = "optimizer" if what == "optim" else "model"
             raise OLMoConfigurationError(

@@ -6,17 +6,19 @@ OLMo-core's own decoding drops surplus tuple elements and takes ``"3"`` and ``tr
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Dict, Type, TypeVar, Union
 
+from olmo_core.config import Registrable
 from olmo_core.exceptions import OLMoConfigurationError
 
 from olmo_optim_ext.catalog import closest
 
-__all__ = ["decode", "decode_fields", "to_plain"]
+__all__ = ["decode", "decode_fields", "decode_registered", "to_plain"]
 
 T = TypeVar("T")
 
@@ -51,6 +53,8 @@ def decode(hint: Any, value: Any, where: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             _refuse(where, value, "a mapping")
+        if isinstance(hint, type) and issubclass(hint, Registrable) and "type" in value:
+            return decode_registered(hint, value, where)
         return decode_fields(hint, value, where)  # type: ignore[arg-type]
     if isinstance(hint, type) and issubclass(hint, Enum):
         try:
@@ -84,8 +88,21 @@ def decode_fields(cls: Type[T], fields: Mapping[str, Any], where: str) -> T:
     values = {key: decode(hints[key], value, f"{dot}{key}") for key, value in fields.items()}
     try:
         return cls(**values)
-    except OLMoConfigurationError as error:
+    except Exception as error:  # also what the checks of OLMo-core's classes raise
         raise OLMoConfigurationError(f"{where}: {error}" if where else str(error)) from None
+
+
+def decode_registered(base: Type[Registrable], value: Mapping[str, Any], where: str) -> Any:
+    """
+    Make an instance of the class that OLMo-core has registered under ``type``.
+
+    :raises OLMoConfigurationError: As :func:`decode_fields`, and if there is no such class.
+    """
+    fields = dict(value)
+    kind, known = fields.pop("type", None), base.get_registered_names()
+    if kind not in known:
+        _refuse(f"{where}.type", kind, closest(str(kind), known))
+    return decode_fields(base.get_registered_class(kind), fields, where)
 
 
 def _decode_union(args: Any, value: Any, where: str) -> Any:
@@ -115,7 +132,7 @@ def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value == int(value):
+        if math.isfinite(value) and value == int(value):
             return int(value)
     elif isinstance(hint, type) and isinstance(value, hint) and hint is not float:
         return value

@@ -6,17 +6,19 @@ import errno
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Iterator, NoReturn, Sequence
+from typing import Iterator, List, NoReturn, Sequence, TextIO
 
 import torch
 import torch.distributed as dist
-from olmo_core.distributed.utils import get_rank, init_distributed, is_distributed
+from olmo_core.distributed.utils import init_distributed, is_distributed
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.utils import filter_warnings
 from rich.console import Console
@@ -25,9 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .stages import Interrupted, Run
 from .training import JolmoModel
 
-__all__ = ["launched_by_torchrun", "run", "start_ranks"]
+__all__ = ["launched_by_torchrun", "leave", "run", "start_ranks"]
 
 log = logging.getLogger(__name__)
+
+EXIT_CODES = "OLMO_OPTIM_EXIT_CODES"
+"""Environment variable: a folder where each rank leaves its exit code."""
 
 
 def launched_by_torchrun() -> bool:
@@ -35,15 +40,67 @@ def launched_by_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def start_ranks(nproc: int, arguments: Sequence[str]) -> NoReturn:
-    """Become torchrun, with ``nproc`` ranks of this command on this machine."""
+def start_ranks(nproc: int, arguments: Sequence[str], output: Path) -> int:
+    """
+    Run this command on ``nproc`` ranks of this machine, under torchrun.
+
+    What torchrun itself says goes to ``torchrun.log`` in the output folder.
+
+    :returns: The exit code of :func:`run` on rank 0.
+    """
     threads = max(1, (os.cpu_count() or 1) // nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(nproc), "-m", "mixture_pretraining_stages", *arguments),
+        *("--nproc-per-node", str(nproc), *_patience()),
+        *("-m", "mixture_pretraining_stages", *arguments),
     ]
-    os.execv(sys.executable, command)
+    with tempfile.TemporaryDirectory() as scratch, _open_log(output / "torchrun.log") as errors:
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, EXIT_CODES: scratch}
+        # A session of its own, so that Ctrl-C reaches the ranks once, and through torchrun.
+        child = subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True)
+        before = {
+            number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        codes = {path.name: int(path.read_text()) for path in Path(scratch).iterdir()}
+    if code == 0 or "0" in codes:
+        return codes.get("0", 0)
+    print(f"The run failed on a rank. Details are in the logs in {output}.")
+    return max(codes.values(), default=1)
+
+
+def _patience() -> List[str]:
+    """Options that give ranks time to save when they are asked to stop; torch 2.10 has none."""
+    from torch.distributed.run import get_args_parser
+
+    option = "--shutdown-timeout"
+    known = any(option in action.option_strings for action in get_args_parser()._actions)
+    return [option, "1800"] if known else []
+
+
+def _open_log(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise OLMoConfigurationError(
+            f"output: {path.parent} cannot be written ({error.strerror}), allowed is a folder that "
+            "can"
+        ) from None
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank. Its threads of gloo's may abort the interpreter's own shutdown."""
+    if folder := os.environ.get(EXIT_CODES):
+        (Path(folder) / os.environ["RANK"]).write_text(str(code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(spec: JolmoModel, console: Console, command: str) -> int:
@@ -86,19 +143,13 @@ def _start_process_group() -> None:
 def _log_to_file(output: Path) -> Iterator[None]:
     """The console is for the run; what OLMo-core logs is for when something went wrong."""
     rank = int(os.environ.get("RANK", "0"))
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        name = "train.log" if rank == 0 else f"train.rank{rank}.log"
-        handler = logging.FileHandler(output / name)
-    except OSError as error:
-        raise OLMoConfigurationError(
-            f"output: {output} cannot be written ({error.strerror}), allowed is a folder that can"
-        ) from None
+    name = "train.log" if rank == 0 else f"train.rank{rank}.log"
+    handler = logging.StreamHandler(_open_log(output / name))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level, raises = root.level, logging.raiseExceptions
     root.addHandler(handler)
-    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    root.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a full disk is told once, by run()
     logging.captureWarnings(True)
     try:
@@ -113,7 +164,7 @@ def _log_to_file(output: Path) -> Iterator[None]:
         logging.raiseExceptions = raises
         root.setLevel(level)
         root.removeHandler(handler)
-        handler.close()
+        handler.stream.close()
 
 
 def _explain(error: BaseException, spec: JolmoModel) -> str:
@@ -131,7 +182,7 @@ def _explain(error: BaseException, spec: JolmoModel) -> str:
 
 
 def _fail(console: Console, message: str, code: int) -> int:
-    if get_rank() == 0 or code == 2:
+    if int(os.environ.get("RANK", "0")) == 0:
         # Not wrapped, so that the command can be copied.
         console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     return code

@@ -588,7 +588,7 @@ def _write_cache(
         _publish(draft, target, tokenizer)
     except OSError as e:
         raise OLMoConfigurationError(
-            f"cache_dir: '{target.parent}' can't be written to ({e.strerror or e}); it must be a "
+            f"cache: '{target.parent}' can't be written to ({e.strerror or e}); it must be a "
             "folder with write permission and room for the tokens."
         ) from e
     finally:

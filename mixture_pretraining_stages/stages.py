@@ -39,8 +39,10 @@ from olmo_core.train.callbacks import (
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device, seed_all
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
+from yaml import YAMLError
 
 from olmo_optim_ext.role_table import role_table, to_json, to_text
 
@@ -127,9 +129,11 @@ class Run:
         """
         lock = self._claim_output()
         try:
-            tokenizer, sources = self._prepare_data()
             for plan in self.plans:
                 checkpoints.remove_half_written(plan.folder)
+            tokenizer, sources = self._prepare_data()
+            self.spec.build_on_meta(tokenizer.config.vocab_size)
+            self._write_config()
             if incomplete := self._incomplete():
                 train_module = self._build_train_module(tokenizer)
                 for plan in incomplete:
@@ -152,7 +156,7 @@ class Run:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
                 lock.acquire(blocking=False)
-                self._claim_config()
+                self._compare_config()
             except Timeout:
                 raise OLMoConfigurationError(
                     f"output: another process is running in {self.output}, allowed is one"
@@ -165,25 +169,34 @@ class Run:
         barrier()
         return lock
 
-    def _claim_config(self) -> None:
+    def _compare_config(self) -> None:
         path = self.output / "config.yaml"
-        plain = self.spec.as_plain()
-        if path.exists():
+        if not path.exists() or all(checkpoints.latest(p.folder) is None for p in self.plans):
+            return  # nothing has been trained here, so nothing is lost
+        try:
             before = OmegaConf.to_container(OmegaConf.load(path))
             assert isinstance(before, dict)
-            changed = [
-                f"{key} {before.get(key)!r} -> {value!r}"
-                for key, value in plain.items()
-                if key not in MAY_CHANGE and before.get(key) != value
-            ]
-            if changed:
-                raise OLMoConfigurationError(
-                    f"output: {self.output} has a run with another config ({'; '.join(changed)}), "
-                    "allowed is the same config or another folder: output=FOLDER"
-                )
-        draft = path.with_suffix(".tmp")
-        OmegaConf.save(OmegaConf.create(plain), draft)
-        os.replace(draft, path)
+        except (UnicodeDecodeError, YAMLError, OmegaConfBaseException, AssertionError):
+            raise OLMoConfigurationError(
+                f"output: {path} is damaged, allowed is the one that the run wrote, or another "
+                "folder: output=FOLDER"
+            ) from None
+        changed = [
+            f"{key} {before.get(key)!r} -> {value!r}"
+            for key, value in self.spec.as_plain().items()
+            if key not in MAY_CHANGE and before.get(key) != value
+        ]
+        if changed:
+            raise OLMoConfigurationError(
+                f"output: {self.output} has a run with another config ({'; '.join(changed)}), "
+                "allowed is the same config or another folder: output=FOLDER"
+            )
+
+    def _write_config(self) -> None:
+        if get_rank() == 0:
+            draft = self.output / "config.tmp"
+            OmegaConf.save(OmegaConf.create(self.spec.as_plain()), draft)
+            os.replace(draft, self.output / "config.yaml")
 
     def _incomplete(self) -> List[StagePlan]:
         done = 0
@@ -388,7 +401,10 @@ class Run:
         trainer = self._build_trainer(plan, train_module, tokenizer, sources)
         self._restore(trainer, plan)
         trainer.fit()
-        if trainer.is_canceled:
+        stop = trainer.callbacks["stop_on_signal"]
+        assert isinstance(stop, StopOnSignal)
+        # A signal during the last save comes after the last step.
+        if trainer.is_canceled or stop.asked():
             self._draw()
             saved = checkpoints.latest(plan.folder)
             raise Interrupted(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type
 
+import torch
 import yaml
 from olmo_core.config import DType, StrEnum
 from olmo_core.distributed.parallel import DataParallelType
@@ -22,12 +23,12 @@ from olmo_core.train.train_module import (
     TransformerTensorParallelConfig,
     TransformerTrainModuleConfig,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 
-from .decoding import decode_fields, to_plain
+from .decoding import decode_fields, decode_registered, to_plain
 from .sources import SourceSpec
 
 __all__ = [
@@ -152,6 +153,7 @@ class JolmoModel:
         :param world_size: The number of ranks.
         """
         _require(bool(self.name), "name", self.name, "a text")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer from 0 to 2^31 - 1")
         for key in ("sequence_length", "global_batch_size", "rank_microbatch_size"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "an integer >= 1")
         _require(
@@ -185,7 +187,8 @@ class JolmoModel:
             allowed = "a name of its own that can be the name of a folder"
             _require(plain and names.count(stage.name) == 1, f"{where}.name", stage.name, allowed)
             _require(stage.tokens >= 1, f"{where}.tokens", stage.tokens, "an integer >= 1")
-            _require(stage.lr_scale >= 0, f"{where}.lr_scale", stage.lr_scale, "a number >= 0")
+            finite = 0 <= stage.lr_scale < float("inf")
+            _require(finite, f"{where}.lr_scale", stage.lr_scale, "a finite number >= 0")
             for source, weight in stage.mixture.items():
                 key = f"{where}.mixture.{source}"
                 _require(source in self.sources, key, source, closest(source, self.sources))
@@ -193,6 +196,14 @@ class JolmoModel:
                 _require(finite, key, weight, "a finite number >= 0")
             total = sum(stage.mixture.values())
             _require(total > 0, f"{where}.mixture", stage.mixture, "weights with a sum > 0")
+            for source, weight in stage.mixture.items():
+                _require(
+                    weight == 0 or stage.tokens * weight / total >= self.sequence_length,
+                    f"{where}.mixture.{source}",
+                    weight,
+                    f"0, or enough for a sequence of {self.sequence_length} in {stage.tokens} "
+                    "tokens",
+                )
 
     def _check_batch(self, world_size: int) -> None:
         shape, tensor = self.parallelism, self.parallelism.tensor
@@ -257,11 +268,7 @@ class JolmoModel:
         """The learning-rate schedule; constant if none is asked for."""
         if self.scheduler is None:
             return ConstantScheduler()
-        values = dict(self.scheduler)
-        kind = values.pop("type", None)
-        known = Scheduler.get_registered_names()
-        _require(kind in known, "scheduler.type", kind, closest(str(kind), known))
-        return decode_fields(Scheduler.get_registered_class(kind), values, "scheduler")
+        return decode_registered(Scheduler, self.scheduler, "scheduler")
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """
@@ -292,8 +299,33 @@ class JolmoModel:
             config.vocab_size,
             f"at least the tokenizer's {vocab_size}",
         )
+        if DType.float16 in _dtypes(config.as_dict()):
+            raise OLMoConfigurationError(f"model: a dtype is 'float16', {_NO_FLOAT16}")
         config.init_seed = self.seed
         return config
+
+    def build_on_meta(self, vocab_size: int) -> Tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """
+        The model and its optimizer without memory, which shows whether they can be built.
+
+        :param vocab_size: Of the tokenizer.
+
+        :raises OLMoConfigurationError: With whatever their classes refuse.
+        """
+        try:
+            model = self.model_config(vocab_size).build(init_device="meta")
+        except OLMoConfigurationError:
+            raise
+        except Exception as error:  # OLMo-core's layers raise many types
+            raise OLMoConfigurationError(f"model: it cannot be built: {_words(error)}") from None
+        try:
+            return model, self.optimizer_config().build(model)
+        except OLMoConfigurationError as error:
+            raise OLMoConfigurationError(f"optimizer: {error}") from None
+        except Exception as error:  # OLMo-core's own optimizers, too
+            raise OLMoConfigurationError(
+                f"optimizer: it cannot be built: {_words(error)}"
+            ) from None
 
     def train_module_config(self, world_size: int) -> TransformerTrainModuleConfig:
         """The config of the train module."""
@@ -323,6 +355,25 @@ class JolmoModel:
     def as_plain(self) -> Dict[str, Any]:
         """The spec with all defaults, as plain data."""
         return to_plain(self)
+
+
+_NO_FLOAT16 = (
+    "which is not allowed, as OLMo-core has no gradient scaler; allowed is float32 or bfloat16"
+)
+
+
+def _dtypes(value: Any) -> List[Any]:
+    """All values of keys ``dtype``, at any depth."""
+    if isinstance(value, Mapping):
+        nested = [each for v in value.values() for each in _dtypes(v)]
+        return [v for k, v in value.items() if k == "dtype"] + nested
+    if isinstance(value, (list, tuple)):
+        return [each for v in value for each in _dtypes(v)]
+    return []
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
@@ -399,10 +450,16 @@ def _from_factory(name: str, arguments: Dict[str, Any], vocab_size: int) -> Tran
     elif not has_flash_attn_2():
         # The factories of OLMo 3 ask for flash attention, which runs on GPUs only.
         arguments["attn_backend"] = AttentionBackendName.torch
+    if isinstance(dtype := arguments.get("dtype"), str):
+        dtypes = [str(d.value) for d in DType]
+        _require(dtype in dtypes, "model.dtype", dtype, closest(dtype, dtypes))
+        arguments["dtype"] = DType(dtype)
     try:
         return getattr(TransformerConfig, name)(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise OLMoConfigurationError(f"model: {name} refuses its arguments: {error}") from None
+    except Exception as error:  # whatever arithmetic makes of wrong arguments
+        raise OLMoConfigurationError(
+            f"model: {name} refuses its arguments: {_words(error)}"
+        ) from None
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JolmoModel:
@@ -431,16 +488,14 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JolmoModel:
     except OmegaConfBaseException as error:
         raise OLMoConfigurationError(f"{path}: {_first_line(error)}") from None
     assert isinstance(plain, dict)
-    if "pipeline" in (plain.get("parallelism") or {}):
+    parallelism = plain.get("parallelism")
+    if isinstance(parallelism, dict) and "pipeline" in parallelism:
         raise OLMoConfigurationError(
             "parallelism.pipeline: pipeline parallelism is not supported, allowed are data, "
             "replicas and tensor"
         )
     if plain.get("precision") == "float16":
-        raise OLMoConfigurationError(
-            "precision: 'float16' is not allowed, as OLMo-core has no gradient scaler; allowed is "
-            "float32 or bfloat16"
-        )
+        raise OLMoConfigurationError(f"precision: it is 'float16', {_NO_FLOAT16}")
     return decode_fields(JolmoModel, {str(k): v for k, v in plain.items()}, "")
 
 
@@ -450,7 +505,7 @@ def _load_yaml(path: Path, including: Tuple[Path, ...]) -> DictConfig:
         config = OmegaConf.create(text)
     except OSError as error:
         raise OLMoConfigurationError(f"{path}: {error.strerror}, allowed is a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise OLMoConfigurationError(f"{path}: it is no YAML: {_first_line(error)}") from None
     # A text without a colon is a mapping with an empty value to OmegaConf.
     if not isinstance(config, DictConfig) or not isinstance(yaml.safe_load(text), dict):
@@ -459,7 +514,12 @@ def _load_yaml(path: Path, including: Tuple[Path, ...]) -> DictConfig:
             "mapping"
         )
     files = config.pop("include", None) or []
-    for name in reversed([files] if isinstance(files, str) else list(files)):
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, (list, ListConfig)):
+        raise OLMoConfigurationError(
+            f"{path}: include: {files!r} is not allowed, allowed is a file or a list of files"
+        )
+    for name in reversed(list(files)):
         base = (path.parent / str(name)).resolve()
         if base in including:
             raise OLMoConfigurationError(f"{path}: include of {name} is circular")

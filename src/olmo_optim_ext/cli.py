@@ -131,9 +131,8 @@ def roles(
     spec = _load(arguments)
     spec.check()
     vocab_size = load_tokenizer(spec.tokenizer).config.vocab_size
-    model = spec.model_config(vocab_size).build(init_device="meta")
-    config = spec.optimizer_config()
-    rows = role_table(model, config, config.build(model))
+    model, optim = spec.build_on_meta(vocab_size)
+    rows = role_table(model, spec.optimizer_config(), optim)
     sys.stdout.write(to_json(rows) + "\n" if json else to_text(rows))
 
 
@@ -165,7 +164,8 @@ def pretrain(
     if nproc > 1 and not launch.launched_by_torchrun():
         spec.check(nproc)  # before ranks start: one message instead of one a rank
         # torchrun would take --nproc for an abbreviation of an option of its own.
-        launch.start_ranks(nproc, [*command, "--ngpus", str(nproc)])
+        ranks = [*command, "--ngpus", str(nproc)]
+        raise typer.Exit(launch.start_ranks(nproc, ranks, Path(spec.output)))
     if nproc > 1:
         command += ["--nproc", str(nproc)]
     start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
@@ -178,7 +178,7 @@ def _load(arguments: Optional[List[str]]) -> JolmoModel:
 
 
 def _split(arguments: List[str]) -> Tuple[Path, List[str]]:
-    if arguments and "=" not in arguments[0]:
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).exists()):
         return Path(arguments[0]), arguments[1:]
     return _quickstart(), arguments
 

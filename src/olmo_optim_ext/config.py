@@ -57,6 +57,12 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
     :raises OLMoConfigurationError: Names the field, the value and what is allowed.
     """
 
+    compile: bool = False
+    """
+    Compile the rule for single coordinates with ``torch.compile`` at the first step: one kernel for
+    all shapes, which no schedule recompiles. ``step()`` itself is never compiled.
+    """
+
     CONFIG_ONLY: ClassVar[FrozenSet[str]] = frozenset({"group_overrides", "fixed_fields"})
     """Fields that decide what is built, not how it steps."""
 
@@ -145,10 +151,17 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
         by_name: Dict[str, Dict[str, Any]] = {}
         for index, override in enumerate(self.group_overrides or []):
             opts = dict(override.opts)
-            if isinstance(override.params, str):
+            if reserved := opts.keys() & {"params", ALGORITHM, CALLS}:
                 raise OLMoConfigurationError(
-                    f"{_name(self)}: 'params' of 'group_overrides' {index} is "
-                    f"{override.params!r}, allowed is a list of names or patterns"
+                    f"{_name(self)}: '{min(reserved)}' cannot be set in 'group_overrides' {index}, "
+                    "allowed are hyperparameters, and role for rules for matrices"
+                )
+            patterns = override.params
+            is_list = isinstance(patterns, (list, tuple)) and len(patterns) > 0
+            if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
+                raise OLMoConfigurationError(
+                    f"{_name(self)}: 'params' of 'group_overrides' {index} is {patterns!r}, "
+                    "allowed is a list of names or patterns"
                 )
             expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
             for name in dict.fromkeys(expanded.params):

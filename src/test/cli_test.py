@@ -170,6 +170,16 @@ def test_two_ranks_print_once_and_train_like_one(two_ranks):
     assert validation("run") == pytest.approx(validation("one"), rel=1e-3)
 
 
+def test_bad_input_on_ranks_is_one_paragraph_and_exit_code_2(tmp_path):
+    spec = tiny_spec(tmp_path)
+    spec["sources"]["first"] = {"path": str(tmp_path / "nowhere.txt")}
+    path = write_spec(tmp_path / "spec.yaml", spec)
+    code, out = finish(start("pretrain", str(path), "--nproc", "2"))
+    assert code == 2
+    assert len(out.strip().splitlines()) == 1
+    assert "sources.first.path" in out and "nowhere.txt" in out
+
+
 @pytest.mark.parametrize(
     "signal_name,options",
     [("SIGINT", []), ("SIGTERM", []), ("SIGTERM", ["--nproc", "2"])],

@@ -8,7 +8,8 @@ groups. And ``Optimizer.load_state_dict`` casts state to the parameter's dtype: 
 by copying into the tensors that exist.
 """
 
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from enum import Enum
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from olmo_core.distributed.utils import get_local_tensor
@@ -110,13 +111,15 @@ class ExtOptimizer(Optimizer):
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         named = [p if isinstance(p, tuple) else (None, p) for p in params]
         group["params"] = [p for _, p in named]
-        known = {*self.defaults, "initial_lr"}
+        known = {*self.defaults, "initial_lr"} - {CALLS}
         for key in group.keys() - {"params"}:
-            if key not in known:
+            if key not in known or (group[key] is None and self.defaults.get(key) is not None):
+                problem = "is None" if key in known else "is not a field of a parameter group"
                 raise OLMoConfigurationError(
-                    f"{type(self).__name__}: '{key}' is not a field of a parameter group, "
-                    f"allowed are {', '.join(sorted(known - {CALLS}))}"
+                    f"{type(self).__name__}: '{key}' {problem}, allowed are values of "
+                    f"{', '.join(sorted(known))}"
                 )
+            group[key] = _plain(group[key])
         check_hyperparameters({**self.defaults, **group}, type(self).__name__)
         self.check_group({**self.defaults, **group})
 
@@ -176,6 +179,12 @@ class ExtOptimizer(Optimizer):
         return loss
 
     def _members(self, group: Dict[str, Any]) -> List[Member]:
+        for param in group["params"]:
+            if param.grad is not None and param not in self.state:
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: parameter '{self.name_of(param)}' has a gradient but "
+                    "no state, as it was frozen when the optimizer was built; build another one"
+                )
         trainable = (p for p in group["params"] if p in self.state)
         return [
             Member(slot, param, self._local_grad(param), self.state[param])
@@ -196,16 +205,29 @@ class ExtOptimizer(Optimizer):
                 grad = grad.redistribute(param.device_mesh, param.placements)
         return get_local_tensor(grad)
 
+    def __getstate__(self) -> Dict[str, Any]:
+        # torch keeps only groups and state; hooks may be closures, which cannot be pickled.
+        return {key: value for key, value in self.__dict__.items() if "hook" not in key}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """
+        As :meth:`torch.optim.Optimizer.state_dict`, and the names of the parameters of each group,
+        which DCP has no use for.
+        """
+        names = [[self.name_of(p) for p in group["params"]] for group in self.param_groups]
+        return {**super().state_dict(), "param_names": names}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """
         Load what :meth:`state_dict` returned, by copying into the existing state: dtypes and
         shardings stay as this optimizer made them.
 
-        :param state_dict: Parameters are matched by position, as in
-            :meth:`torch.optim.Optimizer.load_state_dict`.
+        :param state_dict: Parameters are matched by name where there are names, so the groups may
+            be others; else by position.
 
         :raises OLMoConfigurationError: If groups, parameters or state tensors do not correspond.
+            Nothing has been loaded then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -213,24 +235,58 @@ class ExtOptimizer(Optimizer):
                 state_dict = changed
 
         saved_groups = state_dict["param_groups"]
-        saved_sizes = [len(g["params"]) for g in saved_groups]
-        sizes = [len(g["params"]) for g in self.param_groups]
-        if saved_sizes != sizes:
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: the state to load has parameter groups of sizes "
-                f"{saved_sizes}, this optimizer has {sizes}"
-            )
-        for group, saved in zip(self.param_groups, saved_groups):
-            for param, key in zip(group["params"], saved["params"]):
-                if param in self.state:
-                    self._load_param_state(param, state_dict["state"].get(key, {}))
-        for group, saved in zip(self.param_groups, saved_groups):
-            group.update({k: v for k, v in saved.items() if k != "params"})
+        saved_of = self._match(saved_groups, state_dict.get("param_names"))
+        pairs = [
+            (param, state_dict["state"].get(saved_of[param][1], {}))
+            for group in self.param_groups
+            for param in group["params"]
+            if param in self.state
+        ]
+        for param, saved in pairs:
+            self._check_param_state(param, saved)
+        for param, saved in pairs:
+            for key, tensor in self.state[param].items():
+                tensor.copy_(saved[key])
+        for group in self.param_groups:
+            saved_group = saved_groups[saved_of[group["params"][0]][0]]
+            group.update({k: v for k, v in saved_group.items() if k != "params"})
 
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load_param_state(self, param: torch.Tensor, saved: Mapping[str, Any]) -> None:
+    def _match(
+        self, saved_groups: List[Dict[str, Any]], names: Optional[List[List[str]]]
+    ) -> Dict[torch.Tensor, Tuple[int, Any]]:
+        """For each parameter the index of its saved group, and the key of its saved state."""
+        owner = type(self).__name__
+        if names is None:
+            saved_sizes = [len(g["params"]) for g in saved_groups]
+            sizes = [len(g["params"]) for g in self.param_groups]
+            if saved_sizes != sizes:
+                raise OLMoConfigurationError(
+                    f"{owner}: the state to load has parameter groups of sizes {saved_sizes}, "
+                    f"this optimizer has {sizes}"
+                )
+            return {
+                param: (index, key)
+                for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups))
+                for param, key in zip(group["params"], saved["params"])
+            }
+        by_name = {
+            name: (index, key)
+            for index, (group_names, saved) in enumerate(zip(names, saved_groups))
+            for name, key in zip(group_names, saved["params"])
+        }
+        params = {self.name_of(p): p for group in self.param_groups for p in group["params"]}
+        if by_name.keys() != params.keys():
+            other = sorted(by_name.keys() ^ params.keys())
+            raise OLMoConfigurationError(
+                f"{owner}: the state to load is for other parameters than this optimizer's: only "
+                f"one of them has {', '.join(other[:3])}" + (" ..." if len(other) > 3 else "")
+            )
+        return {params[name]: place for name, place in by_name.items()}
+
+    def _check_param_state(self, param: torch.Tensor, saved: Mapping[str, Any]) -> None:
         state = self.state[param]
         if saved.keys() != state.keys():
             raise OLMoConfigurationError(
@@ -245,4 +301,10 @@ class ExtOptimizer(Optimizer):
                     f"{type(self).__name__}: the state to load for '{self.name_of(param)}' has "
                     f"'{key}' of shape {found}, this optimizer keeps {tuple(tensor.shape)}"
                 )
-            tensor.copy_(value)
+
+
+def _plain(value: Any) -> Any:
+    # What torch.load(weights_only=True) reads.
+    if isinstance(value, Enum):
+        return value.value
+    return tuple(value) if isinstance(value, list) else value

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 BUCKET_BYTES = 64 * 2**20
-"""How many bytes a rank sends at the most in one exchange; a larger matrix goes alone."""
+"""How many bytes an owner receives at the most in one exchange; a larger matrix goes alone."""
 
 
 class Path(StrEnum):
@@ -140,7 +140,7 @@ class RowExchange:
         self.buckets = self._fill_buckets(itemsize, bucket_bytes)
 
     def _fill_buckets(self, itemsize: int, bucket_bytes: int) -> List[Bucket]:
-        # Every owner gets at most bucket_bytes in an exchange, so every rank sends at most that.
+        # With even shards, a rank also sends at most what an owner receives.
         shares: List[List[List[int]]] = [[] for _ in range(self.size)]
         filled: Dict[int, int] = {}
         for item, (rows, cols) in sorted(

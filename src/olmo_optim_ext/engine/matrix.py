@@ -59,6 +59,10 @@ class MatrixOptimizer(ExtOptimizer):
                 "with at least one trainable matrix; for others choose an elementwise optimizer"
             )
 
+    def __getstate__(self) -> Dict[str, Any]:
+        # Exchanges hold process groups and are keyed by identity.
+        return {**super().__getstate__(), "_exchanges": {}}
+
     def on_shards(
         self, group: Mapping[str, Any], grad: torch.Tensor, buffers: Sequence[torch.Tensor]
     ) -> Tuple[torch.Tensor, ...]:
@@ -206,6 +210,9 @@ class MatrixOptimizer(ExtOptimizer):
     def _exchange(self, items: Sequence[_Item], process_group: dist.ProcessGroup) -> RowExchange:
         key = (id(process_group), *(id(item.member.param) for item in items))
         if key not in self._exchanges:
+            # Which parameters have gradients rarely changes; plans are cheap to make again.
+            if len(self._exchanges) >= 16:
+                self._exchanges.clear()
             shapes = [item.shape for item in items]
             itemsize = self._empty_on_wire(items[0]).itemsize
             costs = [self.cost(*shape) for shape in shapes]

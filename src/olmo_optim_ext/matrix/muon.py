@@ -121,7 +121,10 @@ class Muon(MatrixAndAdamW):
     def wire_dtype(self, state: torch.Tensor) -> torch.dtype:
         if self._polar_dtype is not None:
             return self._polar_dtype
-        return torch.bfloat16 if state.device.type == "cuda" else state.dtype
+        iterates = self._polar_method == PolarMethod.newton_schulz
+        if iterates and state.device.type == "cuda" and state.dtype == torch.float32:
+            return torch.bfloat16
+        return state.dtype
 
     def on_shards(
         self, group: Mapping[str, Any], grad: torch.Tensor, buffers: Sequence[torch.Tensor]
@@ -177,8 +180,8 @@ class MuonConfig(MatrixOptimConfig[Muon]):
     polar_dtype: Optional[DType] = None
     """
     Dtype in which matrices travel between ranks and are orthogonalised: float32 or bfloat16.
-    ``None`` takes bfloat16 on CUDA, as Keller Jordan's code does, and that of the state (float32)
-    elsewhere: on CPU float32 products are the faster ones.
+    ``None`` takes bfloat16 for Newton-Schulz on CUDA, as Keller Jordan's code does, and that of the
+    state (float32) elsewhere: on CPU float32 products are the faster ones.
     """
 
     muon_on_lm_head: bool = False

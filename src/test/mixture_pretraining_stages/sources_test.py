@@ -437,7 +437,7 @@ def test_full_disk_is_an_error_that_names_the_folder(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(sources.os, "fsync", fail)
     message = error_of(str(folder), tmp_path / "cache")
-    assert message.startswith("cache_dir: ")
+    assert message.startswith("cache: ")
     assert str(tmp_path / "cache") in message
     assert "No space left" in message
     assert not list((tmp_path / "cache").iterdir())
@@ -446,7 +446,7 @@ def test_full_disk_is_an_error_that_names_the_folder(folder, tmp_path, monkeypat
 def test_cache_that_cannot_be_written_to_is_an_error(folder, tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of(str(folder), tmp_path / "file" / "cache")
-    assert message.startswith("cache_dir: ")
+    assert message.startswith("cache: ")
     assert str(tmp_path / "file" / "cache") in message
 
 

@@ -4,7 +4,7 @@ The contract table: one row per catalogue name, and what the contract tests shar
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ def _algoperf_nadamw(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, to
     return out
 
 
-def _muon_oracle(adjust_lr_fn: str, nesterov: bool) -> Oracle:
+def _muon_oracle(adjust_lr_fn: Optional[str], nesterov: bool) -> Oracle:
     """
     ``torch.optim.Muon`` and ``torch.optim.AdamW``, with an exact polar factor in place of torch's
     bfloat16 one: two right bfloat16 implementations differ by 2e-2.
@@ -198,8 +198,14 @@ def _muon_oracle(adjust_lr_fn: str, nesterov: bool) -> Oracle:
             weight_decay=0.05,
             foreach=False,
         )
-        original = torch_muon._zeropower_via_newtonschulz
+
+        def spectral(lr, adjust_lr_fn, shape):  # torch has no such choice
+            return lr * math.sqrt(shape[0] / shape[1])
+
+        original = torch_muon._zeropower_via_newtonschulz, torch_muon._adjust_lr
         torch_muon._zeropower_via_newtonschulz = exact
+        if adjust_lr_fn is None:
+            torch_muon._adjust_lr = spectral
         try:
             for step in range(steps):
                 grads = grads_at(step, model)
@@ -209,7 +215,7 @@ def _muon_oracle(adjust_lr_fn: str, nesterov: bool) -> Oracle:
                     set_lr(optim, step)
                     optim.step()
         finally:
-            torch_muon._zeropower_via_newtonschulz = original
+            torch_muon._zeropower_via_newtonschulz, torch_muon._adjust_lr = original
         return weights(model)
 
     return run
@@ -288,6 +294,7 @@ CASES: Dict[str, Case] = {
             for ours, theirs in (
                 (LRScaling.match_adamw_rms, "match_rms_adamw"),
                 (LRScaling.original, "original"),
+                (LRScaling.spectral, None),
             )
             for nesterov in (True, False)
         ],

@@ -2,8 +2,10 @@
 The contracts, for every catalogue name.
 """
 
+import copy
 import gc
 import math
+import pickle
 from pathlib import Path
 from typing import Dict
 
@@ -327,8 +329,8 @@ def test_bad_values_are_refused_by_config_and_constructor(name, bad):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_values_in_overrides_are_refused(name):
-    def build(params, **opts):
-        override = OptimGroupOverride(params=params, opts=opts)
+    def build(patterns, **opts):
+        override = OptimGroupOverride(params=patterns, opts=opts)
         return get_config_class(name)(group_overrides=[override]).build(MixedShapes())
 
     with pytest.raises(OLMoConfigurationError, match="'lr' is -1"):
@@ -337,8 +339,14 @@ def test_bad_values_in_overrides_are_refused(name):
         build(["norm.*"], learning_rate=1)
     with pytest.raises(OLMoConfigurationError, match=r"nrm\.\*"):
         build(["nrm.*"], lr=1)
-    with pytest.raises(OLMoConfigurationError, match="list of names"):
-        build("norm.*", lr=1)
+    for params in ("norm.*", [], [1]):
+        with pytest.raises(OLMoConfigurationError, match="list of names"):
+            build(params, lr=1)
+    with pytest.raises(OLMoConfigurationError, match="'lr' is None"):
+        build(["norm.*"], lr=None)
+    for reserved in ("params", "algorithm", "calls"):
+        with pytest.raises(OLMoConfigurationError, match=f"'{reserved}' cannot be set"):
+            build(["norm.*"], **{reserved: 1})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -347,7 +355,7 @@ def test_state_of_another_model_or_optimizer_is_refused(name):
     optim = CASES[name].config.build(model)
     train(model, optim, 0, 1)
     smaller = nn.Linear(3, 2, bias=False)
-    with pytest.raises(OLMoConfigurationError, match="groups of sizes"):
+    with pytest.raises(OLMoConfigurationError, match="for other parameters"):
         CASES[name].config.build(smaller).load_state_dict(optim.state_dict())
 
     state = optim.state_dict()
@@ -356,6 +364,62 @@ def test_state_of_another_model_or_optimizer_is_refused(name):
     renamed["other"] = renamed.pop(next(k for k in renamed if k != "step"))
     with pytest.raises(OLMoConfigurationError, match="keeps"):
         optim.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_changed_grouping_is_loaded_by_name(name, reference):
+    def build(*patterns: str):
+        model = MixedShapes()
+        overrides = [OptimGroupOverride([pattern], {}) for pattern in patterns]
+        return model, CASES[name].config.replace(group_overrides=overrides).build(model)
+
+    model, optim = build("tall.*")
+    train(model, optim, 0, STEPS // 2)
+    for patterns in ([], ["wide.*"], ["norm.*", "square.weight"]):
+        other, other_optim = build(*patterns)
+        other.load_state_dict(model.state_dict())
+        other_optim.load_state_dict(optim.state_dict())
+        assert {g["calls"] for g in other_optim.param_groups} == {STEPS // 2}
+        train(other, other_optim, STEPS // 2, STEPS)
+        assert equal(weights(other), reference(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_failed_load_changes_nothing(name):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    train(model, optim, 0, 1)
+    before = state_of(optim)
+    state = optim.state_dict()
+    state["state"] = {k: {n: v + 1 for n, v in s.items()} for k, s in state["state"].items()}
+    last = state["state"][max(state["state"])]
+    last[max(last)] = torch.zeros(1, 2, 3)
+    with pytest.raises(OLMoConfigurationError, match="of shape"):
+        optim.load_state_dict(state)
+    assert equal(state_of(optim), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_are_whole(name, reference):
+    model = MixedShapes()
+    optim = CASES[name].config.build(model)
+    train(model, optim, 0, STEPS // 2)
+    twin, twin_optim = copy.deepcopy((model, optim))
+    train(twin, twin_optim, STEPS // 2, STEPS)
+    assert equal(weights(twin), reference(name))
+    assert not equal(weights(model), reference(name))
+    pickle.loads(pickle.dumps(optim)).step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_unfrozen_later_is_not_ignored(name):
+    model, config = MixedShapes(), CASES[name].config
+    groups = config.build_groups(model)
+    model.tall.weight.requires_grad_(False)
+    optim = config.optimizer()(groups)
+    model.tall.weight.requires_grad_(True)
+    with pytest.raises(OLMoConfigurationError, match="'tall.weight' has a gradient but"):
+        train(model, optim, 0, 1)
 
 
 # C10: it optimises

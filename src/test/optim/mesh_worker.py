@@ -3,6 +3,7 @@ What each rank of the mesh tests runs, as a script under torchrun: one group of 
 all names and meshes.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict
@@ -15,7 +16,7 @@ from olmo_core.distributed.checkpoint import (
     load_model_and_optim_state,
     save_model_and_optim_state,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -40,6 +41,16 @@ def whole_weights(model: nn.Module) -> Dict[str, torch.Tensor]:
         assert isinstance(param, DTensor)
         out[name] = param.full_tensor().detach().clone()
     return out
+
+
+def assert_replicas_are_equal(model: nn.Module, grid: DeviceMesh) -> None:
+    group = grid.get_group("replicate")
+    for name, param in model.named_parameters():
+        assert isinstance(param, DTensor)
+        mine = param.to_local().detach().contiguous()
+        theirs = [torch.empty_like(mine) for _ in range(grid.size(0))]
+        dist.all_gather(theirs, mine, group=group)
+        assert all(torch.equal(each, mine) for each in theirs), name
 
 
 def save(path: Path, tensors: Dict[str, torch.Tensor]) -> None:
@@ -69,6 +80,8 @@ def main(folder: Path) -> None:
             model = fully_shard(MixedShapes(), **sharding)
             optim = CASES[name].config.build(model)
             train(model, optim, 0, STEPS)
+            if label == "hsdp2x2":
+                assert_replicas_are_equal(model, grid)
             save(folder / f"{name}-{label}.pt", whole_weights(model))
         checkpoint = folder / f"{name}-checkpoint"
         if world_size == 2:
@@ -87,3 +100,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # threads of gloo's may abort the interpreter's own shutdown
