@@ -404,9 +404,11 @@ class Run:
         stop = trainer.callbacks["stop_on_signal"]
         assert isinstance(stop, StopOnSignal)
         # A signal during the last save comes after the last step.
-        if trainer.is_canceled or stop.asked():
+        stopped = stop.asked() or trainer.is_canceled
+        saved = checkpoints.latest(plan.folder)
+        finished = saved is not None and saved.step >= self.plans[-1].last_step
+        if stopped and not finished:
             self._draw()
-            saved = checkpoints.latest(plan.folder)
             raise Interrupted(
                 f"interrupted at step {trainer.global_step} of {self.plans[-1].last_step}, in "
                 f"stage '{plan.spec.name}'; saved as {saved.path if saved else 'nothing'}"

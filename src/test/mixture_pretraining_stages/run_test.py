@@ -4,6 +4,7 @@ Whole runs of a tiny experiment: what they leave behind, and that nothing interr
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,11 +169,26 @@ def test_killed_while_saving_or_between_stages_it_ends_as_uninterrupted(
 
 
 def test_killed_at_ten_random_moments_it_ends_as_uninterrupted(uninterrupted, tmp_path):
+    # By progress rather than by time, so that they are spread over the run on any machine.
+    chance = random.Random(0)
+    lines = sorted(chance.randint(0, 22) for _ in range(10))
+    moments = [f"{line}+{chance.uniform(0, 0.1):.3f}" for line in lines]
     spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
-    moments = [round(random.uniform(0.05, 1.2), 2) for _ in range(10)]
     codes = run(spec, *moments)
     print(moments, codes)
+    assert codes.count(KILLED) >= 5
     assert codes[-1] == FINISHED
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "save,code", [(2, 1), (4, 1), (6, FINISHED)], ids=["in a stage", "stage's last", "run's last"]
+)
+def test_a_signal_during_a_save_stops_the_run_and_loses_nothing(
+    save, code, uninterrupted, tmp_path
+):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    assert run(spec, f"Checkpointer._save_train_state:{save}:SIGTERM") == [code, FINISHED]
     assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
 
 
@@ -196,6 +212,44 @@ def test_another_config_in_the_same_folder_is_refused(uninterrupted, tmp_path):
     # What does not change the training may change.
     write_spec(uninterrupted.with_suffix(".yaml"), spec)
     assert run({**spec, "checkpoint": {"every": 7, "keep": 2}}) == [FINISHED]
+
+
+def test_a_refused_config_does_not_own_the_folder(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    wrong = {**spec, "sources": {**spec["sources"], "first": {"path": "nowhere.txt"}}}
+    assert run(wrong) == [2]
+    assert run({**spec, "seed": 7}, "Trainer.fit:1") == [KILLED, FINISHED]
+    assert run(spec) == [2]  # now it is owned
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": {"name": "adamw", "lr": 0.01}}, {"optimizer": {"name": "nadamw", "lr": 0.01}}],
+    ids=str,
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(change, uninterrupted, tmp_path):
+    spec = {**tiny_spec(uninterrupted.parent, output=str(tmp_path / "run")), **change}
+    shutil.copytree(uninterrupted / "stages" / "00-one", tmp_path / "run" / "stages" / "00-one")
+    assert run(spec) == [2]
+    assert "saved with another optimizer" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted, tmp_path):
+    for changes in ({"n_layers": 2}, {"d_model": 32}):
+        spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / str(changes) / "run"))
+        spec["model"] = {**spec["model"], **changes}
+        folder = Path(spec["output"]) / "stages" / "00-one"
+        shutil.copytree(uninterrupted / "stages" / "00-one", folder)
+        assert run(spec) == [2]
+        log = (Path(spec["output"]) / "train.log").read_text()
+        assert "saved with another model" in log
+
+
+def test_a_damaged_config_is_named(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_bytes(bytes(range(256)))
+    assert run(spec) == [2]
 
 
 def test_stages_are_planned_in_whole_batches(tmp_path):

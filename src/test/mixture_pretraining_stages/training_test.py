@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Dict
 
 import pytest
+from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import WSD, AdamWConfig, ConstantScheduler
 
 import olmo_optim_ext
+from mixture_pretraining_stages.callbacks import StageScheduler
 from mixture_pretraining_stages.training import (
     JolmoModel,
     _build_optimizer_spec,
@@ -139,7 +141,7 @@ BAD: Dict[str, Dict[str, Any]] = {
     "model.attn_backend: 'flash'.*torch": {"model.attn_backend": "flash"},
     "model: 3 is not allowed": {"model": 3},
     "model: it is no TransformerConfig": {"model": "{d_model: 3}"},
-    "precision: 'float16'.*float32 or bfloat16": {"precision": "float16"},
+    "precision: it is 'float16'.*float32 or bfloat16": {"precision": "float16"},
     "precision: 'float8'.*bfloat16": {"precision": "float8"},
     "parallelism.pipeline.*not supported": {"parallelism.pipeline": 2},
     "parallelism.data: 'zero'.*hsdp": {"parallelism.data": "zero"},
@@ -152,6 +154,28 @@ BAD: Dict[str, Dict[str, Any]] = {
         "activation_checkpointing": "{mode: selected_blocks}"
     },
     "Interpolation key 'nowhere' not found": {"output": "${nowhere}"},
+    "sequence_length: inf.*an integer": {"sequence_length": ".inf"},
+    "stages.0.tokens: nan.*an integer": {"stages.0.tokens": ".nan"},
+    "stages.0.lr_scale: inf.*finite": {"stages.0.lr_scale": ".inf"},
+    "stages.0.mixture.second: 1e-09.*enough for a sequence": {"stages.0.mixture.second": 1e-9},
+    "seed: -1.*0 to 2": {"seed": -1},
+    "parallelism: 5.*a mapping": {"parallelism": 5},
+    "parallelism: 'pipeline'.*a mapping": {"parallelism": "pipeline"},
+    "model: a dtype is 'float16'": {"model.dtype": "float16"},
+    "model.dtype: 'float12'.*bfloat16": {"model.dtype": "float12"},
+    "model: llama_like refuses.*ZeroDivisionError|model: it cannot be built": {"model.n_heads": 0},
+    "model: .*": {"model.vocab_size": "abc"},
+    "optimizer: it cannot be built: ImportError": {"optimizer": "{name: olmo_core.muon}"},
+    "optimizer: it cannot be built: ValueError": {"optimizer": "{name: olmo_core.adamw, lr: -1}"},
+    "optimizer: .*'lr' is None": {
+        "optimizer.group_overrides": "[{params: ['*norm*'], opts: {lr: null}}]"
+    },
+    "optimizer: .*nothing.*does not match": {
+        "optimizer.group_overrides": "[{params: [nothing], opts: {lr: 1}}]"
+    },
+    "optimizer.group_overrides.0.params.0: 1.*a text": {
+        "optimizer.group_overrides": "[{params: [1], opts: {lr: 1}}]"
+    },
 }
 
 
@@ -159,7 +183,7 @@ BAD: Dict[str, Dict[str, Any]] = {
 def test_a_bad_value_names_the_key_the_value_and_what_is_allowed(message, tmp_path):
     overrides = [f"{key}={value}" for key, value in BAD[message].items()]
     with pytest.raises(OLMoConfigurationError, match=message) as caught:
-        load(tmp_path, *overrides).model_config(258)
+        load(tmp_path, *overrides).build_on_meta(258)
     assert "\n" not in str(caught.value)
 
 
@@ -190,6 +214,40 @@ def test_a_file_that_is_no_spec_is_named(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(OLMoConfigurationError, match=f"spec.yaml: .*{message}"):
         load_spec(path)
+
+
+@pytest.mark.parametrize("include", ["5", "[5, {a: 1}]", "nowhere.yaml", "true"])
+def test_a_bad_include_is_named(include, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(f"include: {include}\nname: a\n")
+    with pytest.raises(OLMoConfigurationError, match="include|nowhere.yaml|5"):
+        load_spec(path)
+
+
+def test_full_model_configs_of_float16_are_refused(tmp_path):
+    full = TransformerConfig.olmo2_1M(vocab_size=512, dtype=DType.float16).as_config_dict()
+    with pytest.raises(OLMoConfigurationError, match="float16"):
+        load(tmp_path, model=full).model_config(258)
+
+
+def test_nested_schedulers_and_their_units_are_kept(tmp_path):
+    spec = load(
+        tmp_path,
+        scheduler={
+            "type": "sequential",
+            "units": "tokens",
+            "schedulers": [{"type": "linear_with_warmup", "warmup": 512}, {"type": "constant"}],
+            "schedulers_max": [1024],
+        },
+    )
+    inner = spec.scheduler_config()
+    assert [type(s).__name__ for s in inner.schedulers] == [  # type: ignore[attr-defined]
+        "LinearWithWarmup",
+        "ConstantScheduler",
+    ]
+    scaled = StageScheduler(inner=inner, scale=0.5)
+    assert scaled.units == "tokens"
+    assert scaled.get_lr(1.0, 256, 4096) == pytest.approx(0.25)
 
 
 def test_a_missing_key_and_a_missing_file_are_named(tmp_path):
