@@ -22,7 +22,7 @@ from olmo_core.data.composable import (
     MixingInstanceSource,
 )
 from olmo_core.distributed.utils import (
-    barrier,
+    broadcast_object,
     get_fs_local_rank,
     get_rank,
     get_world_size,
@@ -151,6 +151,7 @@ class Run:
 
     def _claim_output(self) -> Optional[FileLock]:
         lock: Optional[FileLock] = None
+        problem: Optional[str] = None
         if get_rank() == 0:
             lock = FileLock(self.output / ".lock")
             try:
@@ -158,15 +159,21 @@ class Run:
                 lock.acquire(blocking=False)
                 self._compare_config()
             except Timeout:
-                raise OLMoConfigurationError(
-                    f"output: another process is running in {self.output}, allowed is one"
-                ) from None
+                problem = (
+                    f"output: another process is running in {self.output}, allowed is one at a time"
+                )
             except OSError as error:
-                raise OLMoConfigurationError(
+                problem = (
                     f"output: {self.output} cannot be written ({error.strerror}), allowed is a "
                     "folder that can"
-                ) from None
-        barrier()
+                )
+            except OLMoConfigurationError as error:
+                problem = str(error)
+        problem = broadcast_object(problem)  # or the other ranks would wait for this one
+        if problem is not None:
+            if lock is not None:
+                lock.release()
+            raise OLMoConfigurationError(problem)
         return lock
 
     def _compare_config(self) -> None:
