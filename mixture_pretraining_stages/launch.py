@@ -122,7 +122,7 @@ def run(spec: JolmoModel, console: Console, command: str) -> int:
     except OLMoConfigurationError as error:
         return _fail(console, str(error), 2)
     except Interrupted as interruption:
-        return _fail(console, f"{str(interruption).capitalize()}. {resume}", 1)
+        return _fail(console, f"{interruption}. {resume}", 1)
     except KeyboardInterrupt:
         return _fail(console, f"Interrupted; nothing was lost. {resume}", 1)
     except (Exception, CheckpointException) as error:  # DCP's is not an Exception

@@ -417,7 +417,7 @@ class Run:
         if stopped and not finished:
             self._draw()
             raise Interrupted(
-                f"interrupted at step {trainer.global_step} of {self.plans[-1].last_step}, in "
+                f"Interrupted at step {trainer.global_step} of {self.plans[-1].last_step}, in "
                 f"stage '{plan.spec.name}'; saved as {saved.path if saved else 'nothing'}"
             )
 
