@@ -44,7 +44,9 @@ from rich.console import Console
 from rich.progress import Progress
 from yaml import YAMLError
 
+from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.role_table import role_table, to_json, to_text
+from olmo_optim_ext.training import BadBatchCallback
 
 from . import checkpoints
 from .callbacks import (
@@ -325,6 +327,8 @@ class Run:
             ),
             "config_saver": ConfigSaverCallback(),
         }
+        if isinstance(train_module.optim, ExtOptimizer):
+            callbacks["bad_batches"] = BadBatchCallback()
         run_name = f"{spec.name}-{name}"
         if spec.wandb is not None:
             _require_package("wandb")

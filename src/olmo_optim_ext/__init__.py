@@ -11,6 +11,7 @@ from .catalog import (
     optimizer_info,
 )
 from .elementwise.adamw import AdamW, AdamWConfig
+from .elementwise.cautious_adamw import CautiousAdamW, CautiousAdamWConfig
 from .elementwise.nadamw import NAdamW, NAdamWConfig, NesterovForm
 from .engine.roles import ParamRole, Role
 from .linalg.polar import PolarMethod
@@ -19,6 +20,8 @@ from .matrix.muon import LRScaling, Muon, MuonConfig
 __all__ = [
     "AdamW",
     "AdamWConfig",
+    "CautiousAdamW",
+    "CautiousAdamWConfig",
     "LRScaling",
     "Muon",
     "MuonConfig",

@@ -10,6 +10,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from .config import ExtOptimConfig
 from .elementwise.adamw import AdamWConfig
+from .elementwise.cautious_adamw import CautiousAdamWConfig
 from .elementwise.nadamw import NAdamWConfig
 from .matrix.muon import MuonConfig
 
@@ -112,6 +113,22 @@ _ROWS = (
                     "nesterov": "dozat",
                 },
                 _SWEEP,
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="cautious_adamw",
+        config_class=CautiousAdamWConfig,
+        family="elementwise",
+        summary="AdamW that leaves coordinates alone in which momentum and gradient differ in sign",
+        paper="arXiv:2411.16085",
+        state_bytes_per_param=8,
+        exchange="8 bytes a parameter tensor, in one all-reduce",
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {"lr": 0.008, "betas": (0.95, 0.98), "eps": 1e-15, "weight_decay": 0.1},
+                _SWEEP + ", which has no floor of the mask's mean",
             ),
         ),
     ),

@@ -20,6 +20,7 @@ from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.tokenizers import load_tokenizer
 from mixture_pretraining_stages.training import JolmoModel, load_spec
 
+from . import bench as benchmark
 from .catalog import OptimizerInfo, list_optimizers, markdown_table, optimizer_info
 from .config import ExtOptimConfig
 from .role_table import role_table, to_json, to_text
@@ -170,6 +171,53 @@ def pretrain(
         command += ["--nproc", str(nproc)]
     start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
     raise typer.Exit(launch.run(spec, console, f"{start} {shlex.join(command)}"))
+
+
+@app.command()
+def bench(
+    names: Optional[List[str]] = typer.Argument(
+        None, metavar="[NAME ...]", help="Names of `olmo-optim list`; all if left out."
+    ),
+    model: str = typer.Option("olmo3_100M", help="A factory of OLMo-core's TransformerConfig."),
+    layers: int = typer.Option(4, min=1, help="Layers of the model; all are alike."),
+    vocab_size: int = typer.Option(8192, min=1, help="Rows of the embedding and of the head."),
+    rounds: int = typer.Option(10, "--rounds", "--steps", min=2, help="Measured steps of each."),
+    warmup: int = typer.Option(2, min=1, help="Steps of each before; the first compiles."),
+    threads: Optional[int] = typer.Option(
+        None, min=1, help="Of torch; its own choice if left out."
+    ),
+    compile: bool = typer.Option(
+        True, "--compile/--no-compile", help="Measure compiled rules too."
+    ),
+    device: str = typer.Option(
+        "cpu", help="cpu or cuda. On CUDA the bench was only reasoned about, never run."
+    ),
+    output: Path = typer.Option(Path("runs/bench.json"), help="Where all figures are saved."),
+) -> None:
+    """
+    Time the steps of optimizers against torch's and against what the machine allows, in one process
+    and with random gradients: no exchange between ranks, no forward pass and no data take part.
+    Leave the machine alone while it runs: on two cores ten seconds to a minute for each optimizer.
+
+    [bold]Example:[/bold] olmo-optim bench ext_adamw muon --rounds 20
+    """
+    benchmark.check_output(output)
+    with errors.status("measuring") as status:
+        result = benchmark.run_bench(
+            names,
+            model=model,
+            n_layers=layers,
+            vocab_size=vocab_size,
+            rounds=rounds,
+            warmup=warmup,
+            compile=compile,
+            threads=threads,
+            device=device,
+            progress=lambda what: status.update(f"measuring {what}"),
+        )
+    output.write_text(benchmark.to_json(result))
+    console.print(benchmark.to_table(result), highlight=False)
+    console.print(f"All figures: {output}", highlight=False)
 
 
 def _load(arguments: Optional[List[str]]) -> JolmoModel:

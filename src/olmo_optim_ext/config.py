@@ -22,18 +22,23 @@ from typing import (
 
 import torch
 import torch.nn as nn
+from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import INITIAL_LR_FIELD, LR_FIELD, OptimConfig
 from olmo_core.utils import move_to_device
 
 from .engine.base import CALLS, ExtOptimizer
 from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
+from .engine.layout import MatrixLayout
 from .engine.matrix import ALGORITHM, MatrixOptimizer
+from .engine.placement import data_parallel_group
 from .engine.roles import (
     ParamRole,
     Role,
+    RowBlocks,
     classify,
     frozen_parameter_names,
+    layout_of,
     named_trainable_parameters,
 )
 
@@ -63,8 +68,45 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
     all shapes, which no schedule recompiles. ``step()`` itself is never compiled.
     """
 
+    skip_step: bool = True
+    """
+    Skip a step, on all ranks alike and without a host-device sync, if a gradient, the loss or the
+    gradient norm is not finite or a spike: parameters and state stay as they are.
+    """
+
+    rolling_interval_length: int = 128
+    """
+    Over how many steps the mean and the standard deviation of loss and gradient norm are taken,
+    from 2 to 1024. No spike is found before half of them. As in OLMo-core's
+    ``SkipStepAdamWConfig``.
+    """
+
+    sigma_factor: float = 6
+    """
+    How many standard deviations above the mean make a spike, > 0. As in OLMo-core's
+    ``SkipStepAdamWConfig``.
+    """
+
+    state_dtype: DType = DType.float32
+    """
+    Dtype of state that is shaped like the parameter: float32, or bfloat16, rounded stochastically
+    and on every mesh alike. Rules compute in float32; factors of matrices are float32.
+    """
+
+    seed: int = 0
+    """Of whatever is random in a step, >= 0."""
+
+    cautious_weight_decay: bool = False
+    """
+    Decay only the coordinates in which update and parameter do not differ in sign
+    (arXiv:2510.12402).
+    """
+
     CONFIG_ONLY: ClassVar[FrozenSet[str]] = frozenset({"group_overrides", "fixed_fields"})
     """Fields that decide what is built, not how it steps."""
+
+    MODEL_OPTIONS: ClassVar[FrozenSet[str]] = frozenset()
+    """Options of ``group_overrides`` that say what parameters are, and are no hyperparameters."""
 
     def __post_init__(self, *_: Any) -> None:
         owner = type(self).__name__
@@ -140,9 +182,15 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
             )
             if algorithm is not None:
                 group[ALGORITHM] = algorithm
-                group.pop("role", None)  # it has had its effect
+                for key in self.MODEL_OPTIONS:  # they have their effect here
+                    group.pop(key, None)
             group["params"].append((name, param))
         return list(groups.values())
+
+    def of_model(self, model: nn.Module, strict: bool = True) -> Dict[str, Any]:
+        """Further keywords of the optimizer, which follow from the model."""
+        del model, strict
+        return {}
 
     def _overrides(self, model: nn.Module, strict: bool) -> Dict[str, Dict[str, Any]]:
         # The options by parameter; parameters of one override share the same dict.
@@ -181,7 +229,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
         :param strict: Raise if a pattern in ``group_overrides`` matches no parameter.
         """
         groups = self.build_groups(model, strict=strict)
-        optim = self.optimizer()(groups, **self.hyperparameters())
+        optim = self.optimizer()(groups, **self.hyperparameters(), **self.of_model(model, strict))
         for group in optim.param_groups:
             group.setdefault(INITIAL_LR_FIELD, group[LR_FIELD])
             if self.compile:
@@ -248,23 +296,57 @@ class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
     adamw_weight_decay: Optional[float] = None
     """Of these parameters, >= 0. ``None`` takes ``weight_decay``, as in arXiv:2502.16982."""
 
+    row_blocks: RowBlocks = RowBlocks.whole
+    """
+    Which matrices a fused parameter is made of: ``whole``, as it is stored; ``fused``, q, k and v
+    and gate and up apart; ``heads``, besides each head of q, k and v. ``group_overrides`` may set
+    ``row_blocks`` to one of these, to a number of equal parts, or to a list of sizes.
+    """
+
+    share_replicas: bool = True
+    """
+    Under DDP, compute each matrix on one rank and send its update to the others; if not, each rank
+    computes all.
+    """
+
+    CONFIG_ONLY: ClassVar[FrozenSet[str]] = ExtOptimConfig.CONFIG_ONLY | {
+        "row_blocks",
+        "share_replicas",
+    }
+
+    MODEL_OPTIONS: ClassVar[FrozenSet[str]] = frozenset({"role", "row_blocks"})
+
     def takes_head(self) -> bool:
         """Whether the matrix rule also takes the head."""
         return False
 
     def algorithm_of(self, row: ParamRole) -> Optional[str]:
         optimizer = self.optimizer()
-        if row.role == Role.experts:
+        takes = {Role.matrix, Role.experts} | ({Role.head} if self.takes_head() else set())
+        if row.role not in takes:
+            return optimizer.leftover_algorithm
+        if row.layout is None:
             raise OLMoConfigurationError(
-                f"{_name(self)}: parameter '{row.name}' has the role 'experts', for which there is "
-                "no matrix rule; allowed is another role for it in 'group_overrides', such as "
-                "'vector', which leaves it to AdamW"
+                f"{_name(self)}: parameter '{row.name}' of shape {row.shape} has the role "
+                f"'{row.role}', allowed are parameters that store matrices"
             )
-        if row.role == Role.matrix or (row.role == Role.head and self.takes_head()):
-            if len(row.shape) != 2:
+        return optimizer.algorithm
+
+    def of_model(self, model: nn.Module, strict: bool = True) -> Dict[str, Any]:
+        replicas = data_parallel_group(model) if self.share_replicas else None
+        return {"layouts": self.layouts(model, strict), "replicas": replicas}
+
+    def layouts(self, model: nn.Module, strict: bool = True) -> Dict[str, MatrixLayout]:
+        """The matrices of each parameter that follows the matrix rule, by canonical name."""
+        overrides = self._overrides(model, strict)
+        out = {}
+        for name, row in self._roles(model, overrides).items():
+            asked = overrides.get(name, {}).get("row_blocks")
+            if self.algorithm_of(row) == self.optimizer().algorithm:
+                out[name] = layout_of(row, self.row_blocks if asked is None else asked)
+            elif asked is not None:
                 raise OLMoConfigurationError(
-                    f"{_name(self)}: parameter '{row.name}' of shape {row.shape} has the role "
-                    f"'{row.role}', allowed are parameters of two dimensions"
+                    f"{_name(self)}: 'row_blocks' is set for parameter '{name}' with the role "
+                    f"'{row.role}', allowed are parameters that follow the rule for matrices"
                 )
-            return optimizer.algorithm
-        return optimizer.leftover_algorithm
+        return out

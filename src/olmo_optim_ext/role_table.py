@@ -4,13 +4,13 @@ The role table: what each parameter is, which rule it follows, and how its matri
 
 import json
 from dataclasses import asdict, dataclass
-from typing import List, Optional, Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn as nn
 from olmo_core.optim import INITIAL_LR_FIELD, OptimConfig
 
-from .config import ExtOptimConfig
+from .config import ExtOptimConfig, MatrixOptimConfig
 from .engine.matrix import ALGORITHM, MatrixOptimizer
 from .engine.roles import classify, named_trainable_parameters
 
@@ -30,8 +30,10 @@ class RoleRow:
     weight_decay: float
     path: str
     """How the whole matrix is had: ``local``, ``rows``, ``redistribute``; ``-`` if it is not."""
-    owner: Optional[int]
-    """The rank that computes the matrix; ``None`` if each does or none."""
+    matrices: int
+    """How many matrices it stores for the rule; 0 if it follows none for matrices."""
+    owners: Tuple[int, ...]
+    """The ranks that compute them, in their order; empty if each rank computes all."""
 
 
 def role_table(
@@ -44,12 +46,14 @@ def role_table(
     """
     roles = config.roles(model) if isinstance(config, ExtOptimConfig) else classify(model)
     placements = optim.placements() if isinstance(optim, MatrixOptimizer) else {}
+    layouts = config.layouts(model) if isinstance(config, MatrixOptimConfig) else {}
     groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     own = str(type(config).registered_name)
     rows = []
     for name, param in named_trainable_parameters(model).items():
         group = groups[id(param)]
-        path, owner = placements.get(name, ("-", None))
+        path, owners = placements.get(name, ("-", ()))
+        layout = layouts.get(name)
         rows.append(
             RoleRow(
                 name=name,
@@ -59,7 +63,8 @@ def role_table(
                 lr=float(group.get(INITIAL_LR_FIELD, group["lr"])),
                 weight_decay=float(group.get("weight_decay", 0.0)),
                 path=str(path),
-                owner=owner,
+                matrices=0 if layout is None else len(layout.blocks()),
+                owners=owners,
             )
         )
     return rows
@@ -72,7 +77,10 @@ def to_json(rows: List[RoleRow]) -> str:
 
 def to_text(rows: List[RoleRow]) -> str:
     """Aligned columns."""
-    header = ("parameter", "shape", "role", "algorithm", "lr", "weight decay", "path", "owner")
+    header = (
+        *("parameter", "shape", "role", "algorithm", "lr", "weight decay"),
+        *("path", "matrices", "owners"),
+    )
     table = [header] + [
         (
             row.name,
@@ -82,7 +90,8 @@ def to_text(rows: List[RoleRow]) -> str:
             f"{row.lr:g}",
             f"{row.weight_decay:g}",
             row.path,
-            "-" if row.owner is None else str(row.owner),
+            str(row.matrices) if row.matrices else "-",
+            ",".join(map(str, sorted(set(row.owners)))) or "-",
         )
         for row in rows
     ]

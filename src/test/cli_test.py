@@ -153,7 +153,7 @@ def test_two_ranks_share_the_matrices(two_ranks):
     rows = json.loads((folder / "run" / "roles.json").read_text())
     matrices = [row for row in rows if row["algorithm"] == "muon"]
     assert {row["path"] for row in matrices} == {"rows"}
-    assert {row["owner"] for row in matrices} == {0, 1}
+    assert {owner for row in matrices for owner in row["owners"]} == {0, 1}
 
 
 def test_two_ranks_print_once_and_train_like_one(two_ranks):

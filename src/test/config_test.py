@@ -4,20 +4,23 @@ import logging
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
 
 import pytest
 import torch
 import torch.nn as nn
 from olmo_core.config import Config, DType
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.nn.moe.mlp import MoEMLP
+from olmo_core.nn.moe.mlp import DroplessMoEMLP, MoEMLP
+from olmo_core.nn.moe.v2.routed_experts import RoutedExpertsConfig
+from olmo_core.nn.moe.v2.shared_experts import SharedExpertsConfig
 from olmo_core.optim import LinearWithWarmup, OptimConfig, OptimGroupOverride
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from olmo_optim_ext import (
     AdamW,
     AdamWConfig,
+    CautiousAdamWConfig,
     LRScaling,
     Muon,
     MuonConfig,
@@ -32,7 +35,7 @@ from olmo_optim_ext.config import ExtOptimConfig
 
 from .optim.cases import MixedShapes, train, weights
 
-CONFIGS = [AdamWConfig, NAdamWConfig, MuonConfig]
+CONFIGS = [AdamWConfig, NAdamWConfig, CautiousAdamWConfig, MuonConfig]
 
 every_config = pytest.mark.parametrize("config_class", CONFIGS)
 
@@ -427,10 +430,10 @@ def test_roles_are_no_option_of_elementwise_optimizers(config_class):
 
 
 @pytest.mark.parametrize("role", ["matrix", "head"])
-def test_only_two_dimensions_can_be_made_a_matrix(role: str):
+def test_only_what_stores_matrices_can_be_made_a_matrix(role: str):
     overrides = [override("norm.weight", role=role)]
     config = MuonConfig(group_overrides=overrides, muon_on_lm_head=True)
-    with pytest.raises(OLMoConfigurationError, match="'norm.weight' of shape .* two dimensions"):
+    with pytest.raises(OLMoConfigurationError, match="'norm.weight' of shape .* store matrices"):
         config.build(MixedShapes())
 
 
@@ -451,13 +454,106 @@ class WithExperts(nn.Module):
             nn.init.normal_(param)
 
 
-def test_experts_are_refused_by_muon_unless_they_are_left_to_adamw():
-    with pytest.raises(OLMoConfigurationError, match="'experts.w1' has the role 'experts'"):
-        MuonConfig().build(WithExperts())
+def test_experts_can_be_left_to_adamw():
+    model = WithExperts()
+    optim = MuonConfig().build(model)
+    assert names_with(optim, model, "algorithm", "muon") == all_names(model)
     model = WithExperts()
     optim = MuonConfig(group_overrides=[override("experts.*", role="vector")]).build(model)
     assert names_with(optim, model, "algorithm", "muon") == {"w_in.weight"}
     assert type(AdamWConfig().build(WithExperts())) is AdamW
+
+
+class Apart(nn.Module):
+    """Some matrices, each a parameter of its own."""
+
+    def __init__(self, matrices: Sequence[torch.Tensor]):
+        super().__init__()
+        self.linears = nn.ModuleList(
+            nn.Linear(m.shape[1], m.shape[0], bias=False) for m in matrices
+        )
+        with torch.no_grad():
+            for param, matrix in zip(self.linears.parameters(), matrices):
+                param.copy_(matrix)
+
+
+def steps_alike(
+    model: nn.Module,
+    config: MuonConfig,
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+) -> None:
+    """A stacked parameter moves as its matrices, which ``split`` gives as ``(out, in)``, would."""
+    (param,) = (p for p in model.parameters() if p.requires_grad)
+    apart: Any = Apart(split(param.detach()))
+    optim, apart_optim = config.build(model), config.replace(group_overrides=None).build(apart)
+    for step in range(3):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+        for linear, grad in zip(apart.linears, split(param.grad)):
+            linear.weight.grad = grad.contiguous()
+        optim.step()
+        apart_optim.step()
+    for linear, matrix in zip(apart.linears, split(param.detach())):
+        torch.testing.assert_close(linear.weight.detach(), matrix, rtol=1e-5, atol=1e-6)
+
+
+class Alone(nn.Module):
+    def __init__(self, module: nn.Module, keep: str):
+        super().__init__()
+        self.module = module
+        for name, param in list(module.named_parameters()):
+            param.requires_grad_(name == keep)
+            nn.init.normal_(param)
+
+
+# Scales that depend on which side is out.
+SPECTRAL = MuonConfig(lr=0.1, lr_scaling=LRScaling.spectral)
+
+
+def test_each_expert_stored_in_out_is_a_matrix():
+    model = Alone(MoEMLP(d_model=4, hidden_size=6, num_experts=3), "w1")
+    steps_alike(model, SPECTRAL, lambda x: [m.mT for m in x.view(3, 4, 6)])
+
+
+def test_each_expert_stored_out_in_is_a_matrix():
+    model = Alone(DroplessMoEMLP(d_model=4, hidden_size=6, num_experts=3), "w1")
+    steps_alike(model, SPECTRAL, lambda x: list(x.view(3, 6, 4)))
+
+
+def test_experts_in_three_dimensions_may_be_split_into_gate_and_up():
+    config = RoutedExpertsConfig(4, 6, num_experts=3, bias=False, dtype=DType.float32)
+    model = Alone(config.build(), "w_up_gate")
+    fused = SPECTRAL.replace(row_blocks="fused")
+    steps_alike(model, SPECTRAL, lambda x: list(x))
+    steps_alike(model, fused, lambda x: [half for m in x for half in m.chunk(2)])
+
+
+def test_experts_side_by_side_are_matrices():
+    config = SharedExpertsConfig(4, 6, num_experts=2, bias=False, dtype=DType.float32)
+    model = Alone(config.build(), "w_up_gate")
+    steps_alike(model, SPECTRAL, lambda x: [m.mT for m in x.chunk(2, dim=1)])
+
+
+@pytest.mark.parametrize("blocks,sizes", [(2, [4, 4]), ([2, 6], [2, 6])])
+def test_row_blocks_are_matrices(blocks, sizes):
+    config = SPECTRAL.replace(group_overrides=[override("*", row_blocks=blocks)])
+    steps_alike(nn.Linear(5, 8, bias=False), config, lambda x: x.split(sizes))
+
+
+def test_a_convolution_is_a_matrix_if_asked():
+    model = nn.Conv2d(3, 5, 2, bias=False)
+    with pytest.raises(OLMoConfigurationError, match="no parameter has the role 'matrix'"):
+        MuonConfig().build(model)
+    config = SPECTRAL.replace(group_overrides=[override("*", role="matrix")])
+    steps_alike(model, config, lambda x: [x.reshape(5, 12)])
+
+
+def test_row_blocks_of_what_follows_no_matrix_rule_are_refused():
+    config = MuonConfig(group_overrides=[override("norm.*", row_blocks=2)])
+    with pytest.raises(OLMoConfigurationError, match="'row_blocks' is set for parameter 'norm"):
+        config.build(MixedShapes())
+    config = MuonConfig(group_overrides=[override("square.weight", row_blocks=3)])
+    with pytest.raises(OLMoConfigurationError, match="square.weight"):
+        config.build(MixedShapes())
 
 
 # Muon's two rules

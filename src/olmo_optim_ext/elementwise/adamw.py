@@ -3,29 +3,18 @@ AdamW (Loshchilov & Hutter, arXiv:1711.05101, algorithm 2), in the form of ``tor
 """
 
 from dataclasses import dataclass
-from typing import Any, Mapping, Sequence, Tuple, Type
+from typing import Any, Tuple, Type
 
 import torch
 from olmo_core.optim import OptimConfig
+from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, bias_correction
+from ..engine.base import EngineOptions
+from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule
+from .moments import MOMENTS, adam_moments, adam_scalars
 
 __all__ = ["ADAMW", "AdamW", "AdamWConfig"]
-
-
-def adamw_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    return (
-        1 - lr * group["weight_decay"],
-        lr / bias_correction(beta1, step),
-        bias_correction(beta2, step).rsqrt(),
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        group["eps"],
-    )
 
 
 def adamw(
@@ -39,14 +28,13 @@ def adamw(
     ``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``,
     ``p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``.
     """
-    decay, step_size, rsqrt_correction2, beta1, rest1, beta2, rest2, eps = scalars.unbind()
-    exp_avg = exp_avg * beta1 + grad * rest1
-    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * rest2
+    step_size, rsqrt_correction2, eps, *betas = scalars.unbind()
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, betas)
     denom = exp_avg_sq.sqrt() * rsqrt_correction2 + eps
-    return param * decay - step_size * (exp_avg / denom), exp_avg, exp_avg_sq
+    return step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
 
-ADAMW = ElementwiseRule(("exp_avg", "exp_avg_sq"), adamw_scalars, adamw)
+ADAMW = ElementwiseRule(MOMENTS, adam_scalars, adamw)
 
 
 class AdamW(ElementwiseOptimizer):
@@ -65,10 +53,10 @@ class AdamW(ElementwiseOptimizer):
         betas: Tuple[float, ...] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        compile: bool = False,
+        **engine: Unpack[EngineOptions],
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, defaults, compile=compile)
+        super().__init__(params, defaults, **engine)
 
 
 @OptimConfig.register("ext_adamw")

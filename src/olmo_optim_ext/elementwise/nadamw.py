@@ -10,10 +10,13 @@ from typing import Any, Mapping, Sequence, Tuple, Type
 import torch
 from olmo_core.config import StrEnum
 from olmo_core.optim import OptimConfig
+from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
+from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, bias_correction
 from ..engine.hyperparameters import to_choice
+from .moments import MOMENTS, adam_moments
 
 __all__ = ["NAdamW", "NAdamWConfig", "NesterovForm"]
 
@@ -38,15 +41,14 @@ def nadamw_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Sca
     lr, (beta1, beta2) = group["lr"], group["betas"]
     of_momentum, of_grad = _numerator(group, step)
     return (
-        1 - lr * group["weight_decay"],
         lr * of_momentum,
         lr * of_grad,
         bias_correction(beta2, step).rsqrt(),
+        group["eps"],
         beta1,
         1 - beta1,
         beta2,
         1 - beta2,
-        group["eps"],
     )
 
 
@@ -98,11 +100,10 @@ def nadamw(
     ``p <- (1 - lr wd) p - lr (a_t m + c_t g) / (sqrt(v / (1 - b2^t)) + eps)``,
     with ``a_t`` and ``c_t`` of :class:`NesterovForm`.
     """
-    decay, of_m, of_g, rsqrt_correction2, beta1, rest1, beta2, rest2, eps = scalars.unbind()
-    exp_avg = exp_avg * beta1 + grad * rest1
-    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * rest2
+    of_m, of_g, rsqrt_correction2, eps, *betas = scalars.unbind()
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, betas)
     denom = exp_avg_sq.sqrt() * rsqrt_correction2 + eps
-    return param * decay - (exp_avg * of_m + grad * of_g) / denom, exp_avg, exp_avg_sq
+    return (exp_avg * of_m + grad * of_g) / denom, exp_avg, exp_avg_sq
 
 
 class NAdamW(ElementwiseOptimizer):
@@ -112,7 +113,7 @@ class NAdamW(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(("exp_avg", "exp_avg_sq"), nadamw_scalars, nadamw)
+    rule = ElementwiseRule(MOMENTS, nadamw_scalars, nadamw)
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class NAdamW(ElementwiseOptimizer):
         weight_decay: float = 1e-2,
         nesterov: NesterovForm = NesterovForm.algoperf,
         momentum_decay: float = 4e-3,
-        compile: bool = False,
+        **engine: Unpack[EngineOptions],
     ):
         defaults = dict(
             lr=lr,
@@ -133,7 +134,7 @@ class NAdamW(ElementwiseOptimizer):
             nesterov=str(nesterov),
             momentum_decay=momentum_decay,
         )
-        super().__init__(params, defaults, compile=compile)
+        super().__init__(params, defaults, **engine)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         to_choice(NesterovForm, group["nesterov"], "nesterov", type(self).__name__)

@@ -1,5 +1,6 @@
 """
-The base class of all optimizers: names, eager state, the two counters and the state-dict contract.
+The base class of all optimizers: names, eager state, the two counters, the gate and the state-dict
+contract.
 
 Three facts of :mod:`torch.distributed.checkpoint` (DCP) shape it. DCP materialises lazy state by
 calling ``step()`` with zero gradients, which moves bias corrections: so state is created when the
@@ -9,17 +10,31 @@ by copying into the tensors that exist.
 """
 
 from enum import Enum
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypedDict,
+    Union,
+)
 
 import torch
+from olmo_core.config import DType
 from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.optim import SkipStepOptimizer
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import Optimizer
 
-from .hyperparameters import check_hyperparameters
+from .gate import GATE_STATE, all_finite, decide, gate_state
+from .hyperparameters import check_hyperparameters, to_flag
 
-__all__ = ["CALLS", "STEP", "ExtOptimizer", "GroupWork", "Member"]
+__all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member", "chosen"]
 
 CALLS = "calls"
 """Param-group key: how often ``step()`` was called, a host integer, the same in every group."""
@@ -48,6 +63,30 @@ class Member(NamedTuple):
         return get_local_tensor(self.state[name])
 
 
+class EngineOptions(TypedDict, total=False):
+    """
+    Keywords that all optimizers take beside their hyperparameters; for their meaning see
+    :class:`~olmo_optim_ext.config.ExtOptimConfig`.
+    """
+
+    compile: bool
+    skip_step: bool
+    rolling_interval_length: int
+    sigma_factor: float
+    state_dtype: DType
+    seed: int
+    cautious_weight_decay: bool
+
+
+def chosen(proceed: Optional[torch.Tensor], new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """
+    ``new`` where the step is taken, ``old`` where it is skipped.
+
+    :param proceed: A 0-d bool tensor, or ``None`` without a gate.
+    """
+    return new if proceed is None else torch.where(proceed, new, old)
+
+
 class GroupWork(NamedTuple):
     """What a step has to do for one parameter group."""
 
@@ -60,14 +99,21 @@ class GroupWork(NamedTuple):
     members: Sequence[Member]
     """The parameters of the group that have a gradient, never empty."""
 
+    proceed: Optional[torch.Tensor]
+    """Whether the step is taken, a 0-d bool tensor; ``None`` without a gate."""
 
-class ExtOptimizer(Optimizer):
+
+class ExtOptimizer(SkipStepOptimizer):
     """
     Base class of all optimizers of this package.
 
     A subclass says with :meth:`buffers` which tensors of the parameter's shape it keeps, and does
-    its work in :meth:`update`. State is float32 (float64 for float64 parameters), sharded
-    like the parameter, and exists from construction for every trainable parameter on every rank.
+    its work in :meth:`update`. State is sharded like the parameter, and exists from construction
+    for every trainable parameter on every rank.
+
+    With ``skip_step`` a bad batch leaves parameters and state as they are, on all ranks alike
+    (:mod:`~olmo_optim_ext.engine.gate`). :data:`latest_loss` and :data:`latest_grad_norm` are
+    optional; the trainer sets them. Without the norm, a step checks the gradients itself.
 
     :param params: Parameters, ``(name, parameter)`` pairs or parameter groups of either. Parameters
         without a name are called ``param.N`` in messages.
@@ -76,10 +122,75 @@ class ExtOptimizer(Optimizer):
     :raises OLMoConfigurationError: If a hyperparameter of any group is unknown or out of its range.
     """
 
-    def __init__(self, params: Any, defaults: Dict[str, Any]):
+    def __init__(
+        self,
+        params: Any,
+        defaults: Dict[str, Any],
+        compile: bool = False,
+        skip_step: bool = True,
+        rolling_interval_length: int = 128,
+        sigma_factor: float = 6,
+        state_dtype: DType = DType.float32,
+        seed: int = 0,
+        cautious_weight_decay: bool = False,
+    ):
+        name = type(self).__name__
+        options = dict(
+            rolling_interval_length=rolling_interval_length,
+            sigma_factor=sigma_factor,
+            state_dtype=state_dtype,
+            seed=seed,
+        )
+        check_hyperparameters(options, name)
+        self._compile = to_flag(compile, "compile", name)
+        self._skip_step = to_flag(skip_step, "skip_step", name)
+        self._state_dtype = DType(state_dtype).as_pt()
+        self._seed = seed
         self._names: Dict[torch.Tensor, str] = {}
         self._clocks: List[torch.Tensor] = []
-        super().__init__(params, {**defaults, CALLS: 0})
+        self._latest: Dict[str, Optional[torch.Tensor]] = {"loss": None, "grad_norm": None}
+        self._proceed: Optional[torch.Tensor] = None
+        self._gate_holder: Optional[torch.Tensor] = None
+        self._complete = False
+        super().__init__(
+            params,
+            {**defaults, "cautious_weight_decay": cautious_weight_decay, CALLS: 0},
+            rolling_interval_length=rolling_interval_length,
+            sigma_factor=sigma_factor,  # type: ignore[arg-type]
+        )
+        self._complete = True
+        self._create_shared_state()
+
+    def _create_shared_state(self) -> None:
+        """Create state that belongs to no parameter in that of one: DCP keeps it there."""
+        if self.state and self._gate_holder is None:
+            # The first by name, so that it does not depend on the groups.
+            self._gate_holder = min(self.state, key=self.name_of)
+            self.state[self._gate_holder].update(gate_state(self._gate_holder.device))
+
+    @property
+    def latest_loss(self) -> Optional[torch.Tensor]:
+        """The loss of the batch of the next step, 0-d, the same on all ranks."""
+        return self._latest["loss"]
+
+    @latest_loss.setter
+    def latest_loss(self, loss: torch.Tensor) -> None:
+        self._latest["loss"] = loss
+
+    @property
+    def latest_grad_norm(self) -> Optional[torch.Tensor]:
+        """The norm of all gradients of the next step, 0-d, the same on all ranks."""
+        return self._latest["grad_norm"]
+
+    @latest_grad_norm.setter
+    def latest_grad_norm(self, grad_norm: torch.Tensor) -> None:
+        self._latest["grad_norm"] = grad_norm
+
+    def get_step_factor(self) -> torch.Tensor:
+        """1.0 if the last call of :meth:`step` took the step, 0.0 if it skipped it."""
+        if self._proceed is None:
+            return torch.ones((), device=self.device)
+        return self._proceed.float()
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         """Names of the state tensors, shaped like the parameter, of the parameters of a group."""
@@ -120,14 +231,18 @@ class ExtOptimizer(Optimizer):
                     f"{', '.join(sorted(known))}"
                 )
             group[key] = _plain(group[key])
-        check_hyperparameters({**self.defaults, **group}, type(self).__name__)
-        self.check_group({**self.defaults, **group})
+        values = {**self.defaults, **group}
+        check_hyperparameters(values, type(self).__name__)
+        to_flag(values["cautious_weight_decay"], "cautious_weight_decay", type(self).__name__)
+        self.check_group(values)
 
         super().add_param_group(group)
         group = self.param_groups[-1]
         for name, param in named:
             self._names[param] = name if name is not None else f"param.{len(self._names)}"
         self._clocks.append(self._create_state(group))
+        if self._complete:
+            self._create_shared_state()
 
     def _create_state(self, group: Dict[str, Any]) -> torch.Tensor:
         trainable = [p for p in group["params"] if p.requires_grad]
@@ -141,11 +256,12 @@ class ExtOptimizer(Optimizer):
             dtype = torch.promote_types(dtype, param.dtype)
         device = trainable[0].device if trainable else None
         clock = torch.zeros(len(trainable), dtype=dtype, device=device)
+        buffer_dtype = dtype if self._state_dtype == torch.float32 else self._state_dtype
         for param, step in zip(trainable, clock.unbind()):
             self.state[param] = {STEP: step}
             for name in self.buffers(group):
                 self.state[param][name] = torch.zeros_like(
-                    param, dtype=dtype, memory_format=torch.contiguous_format
+                    param, dtype=buffer_dtype, memory_format=torch.contiguous_format
                 )
         return clock
 
@@ -162,21 +278,47 @@ class ExtOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: List[GroupWork] = []
-        for group, clock in zip(self.param_groups, self._clocks):
+        members_of = []
+        for group in self.param_groups:
             group[CALLS] += 1
-            members = self._members(group)
+            members_of.append(self._members(group))
+        proceed = self._open_gate([member for members in members_of for member in members])
+        work: List[GroupWork] = []
+        for group, clock, members in zip(self.param_groups, self._clocks, members_of):
             if not members:
                 continue
+            advance: Union[int, torch.Tensor] = 1 if proceed is None else proceed
             if len(members) == len(clock):
-                clock.add_(1)
+                clock.add_(advance)
             else:
                 for member in members:
-                    member.state[STEP].add_(1)
-            work.append(GroupWork(group, clock, members))
+                    member.state[STEP].add_(advance)
+            work.append(GroupWork(group, clock, members, proceed))
         if work:
             self.update(work)
         return loss
+
+    def _open_gate(self, members: Sequence[Member]) -> Optional[torch.Tensor]:
+        loss, grad_norm = self._latest["loss"], self._latest["grad_norm"]
+        self._latest = {"loss": None, "grad_norm": None}  # of this batch only
+        self._proceed = None
+        if not self._skip_step or not members:
+            return None
+        proceed = None
+        if loss is not None or grad_norm is not None:
+            assert self._gate_holder is not None
+            proceed = decide(
+                self.state[self._gate_holder],
+                loss,
+                grad_norm,
+                self.rolling_interval_length,
+                self.sigma_factor,
+            )
+        if grad_norm is None:
+            finite = all_finite([m.param for m in members], [m.grad for m in members])
+            proceed = finite if proceed is None else proceed & finite
+        self._proceed = proceed
+        return proceed
 
     def _members(self, group: Dict[str, Any]) -> List[Member]:
         for param in group["params"]:
@@ -209,13 +351,42 @@ class ExtOptimizer(Optimizer):
         # torch keeps only groups and state; hooks may be closures, which cannot be pickled.
         return {key: value for key, value in self.__dict__.items() if "hook" not in key}
 
+    def _to_checkpoint(self, param: torch.Tensor, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A state tensor as it is saved."""
+        del param, key
+        return tensor
+
+    def _shape_in_checkpoint(
+        self, param: torch.Tensor, key: str, tensor: torch.Tensor
+    ) -> torch.Size:
+        """The shape of what :meth:`_to_checkpoint` returns."""
+        del param, key
+        return tensor.shape
+
+    def _from_checkpoint(
+        self, param: torch.Tensor, key: str, tensor: torch.Tensor, saved: torch.Tensor
+    ) -> None:
+        """Fill a state tensor from what :meth:`_to_checkpoint` returned."""
+        del param, key
+        tensor.copy_(saved)
+
     def state_dict(self) -> Dict[str, Any]:
         """
         As :meth:`torch.optim.Optimizer.state_dict`, and the names of the parameters of each group,
         which DCP has no use for.
         """
+        packed = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        state = {
+            index: {
+                key: self._to_checkpoint(param, key, tensor)
+                for key, tensor in self.state[param].items()
+            }
+            for index, param in enumerate(params)
+            if param in self.state
+        }
         names = [[self.name_of(p) for p in group["params"]] for group in self.param_groups]
-        return {**super().state_dict(), "param_names": names}
+        return {**packed, "state": state, "param_names": names}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -236,17 +407,18 @@ class ExtOptimizer(Optimizer):
 
         saved_groups = state_dict["param_groups"]
         saved_of = self._match(saved_groups, state_dict.get("param_names"))
-        pairs = [
-            (param, state_dict["state"].get(saved_of[param][1], {}))
-            for group in self.param_groups
-            for param in group["params"]
-            if param in self.state
-        ]
+        saved_states = [dict(saved) for saved in state_dict["state"].values()]
+        shared = {key: s.pop(key) for s in saved_states for key in GATE_STATE if key in s}
+        state_of = dict(zip(state_dict["state"], saved_states))
+        pairs = []
+        for param in self.state:
+            saved = state_of.get(saved_of[param][1], {})
+            pairs.append((param, {**saved, **shared} if param is self._gate_holder else saved))
         for param, saved in pairs:
             self._check_param_state(param, saved)
         for param, saved in pairs:
             for key, tensor in self.state[param].items():
-                tensor.copy_(saved[key])
+                self._from_checkpoint(param, key, tensor, saved[key])
         for group in self.param_groups:
             saved_group = saved_groups[saved_of[group["params"][0]][0]]
             group.update({k: v for k, v in saved_group.items() if k != "params"})
@@ -295,11 +467,12 @@ class ExtOptimizer(Optimizer):
             )
         for key, tensor in state.items():
             value = saved[key]
-            if not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+            expected = self._shape_in_checkpoint(param, key, tensor)
+            if not isinstance(value, torch.Tensor) or value.shape != expected:
                 found = tuple(value.shape) if isinstance(value, torch.Tensor) else value
                 raise OLMoConfigurationError(
                     f"{type(self).__name__}: the state to load for '{self.name_of(param)}' has "
-                    f"'{key}' of shape {found}, this optimizer keeps {tuple(tensor.shape)}"
+                    f"'{key}' of shape {found}, this optimizer keeps {tuple(expected)}"
                 )
 
 

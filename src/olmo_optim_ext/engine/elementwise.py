@@ -1,5 +1,6 @@
 """
-The step loop for rules that act on each coordinate alone.
+The step loop for rules that act on each coordinate alone, and, if they need it, on a few numbers
+of the whole parameter.
 
 A rule sees flat local views and a small vector of scalars that were computed before it. So one
 rule serves every shape and sharding, nothing that a schedule changes is baked into a compiled
@@ -10,23 +11,67 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
-from typing import Any, Callable, ClassVar, Dict, Mapping, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    ClassVar,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 from olmo_core.distributed.utils import get_local_tensor
 
-from .base import ExtOptimizer, GroupWork, Member
-from .hyperparameters import to_flag
+from .base import CALLS, ExtOptimizer, GroupWork, Member
+from .placement import sharding_dims, sum_over_shards
+from .write import Rounding, chunks, rounding_of, some_of, write_state, write_weights
 
-__all__ = ["ElementwiseOptimizer", "ElementwiseRule", "Scalar", "apply_rule", "bias_correction"]
+__all__ = [
+    "ElementwiseOptimizer",
+    "ElementwiseRule",
+    "Scalar",
+    "WholeSums",
+    "apply_rule",
+    "bias_correction",
+]
 
 Scalar = Union[float, torch.Tensor]
 """A host number, or a tensor of shape ``(n,)`` with a value for each parameter of the group."""
 
+Update = Callable[..., Tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class WholeSums:
+    """Numbers that a rule needs of the whole parameter."""
+
+    of: Callable[..., Sequence[torch.Tensor]]
+    """
+    ``(param, grad, *buffers, scalars) -> 0-d tensors``: sums over the elements given, with the
+    arguments of :data:`ElementwiseRule.update` but for the last scalars. They are added over the
+    whole parameter, on all ranks, in float64: counts are exact.
+    """
+
+    scalars: Callable[..., Sequence[torch.Tensor]]
+    """
+    ``(sums, numel, scalars)``: further scalars of :data:`ElementwiseRule.update`, after those that
+    it is given. Sums and scalars are sequences of tensors of one shape; pure.
+    """
+
 
 @dataclass(frozen=True)
 class ElementwiseRule:
-    """An update rule as pure functions."""
+    """
+    An update rule as pure functions. What :data:`update` says is subtracted from the parameter
+    after decoupled weight decay, which is the engine's part: ``p <- (1 - lr * weight_decay) p``, or
+    with ``cautious_weight_decay`` (arXiv:2510.12402) the same only where update and parameter do
+    not differ in sign.
+    """
 
     buffers: Tuple[str, ...]
     """Names of the state tensors, in the order in which :data:`update` takes and returns them."""
@@ -34,13 +79,15 @@ class ElementwiseRule:
     scalars: Callable[[Mapping[str, Any], torch.Tensor], Sequence[Scalar]]
     """From the group's hyperparameters and its clock ``(n,)``: what :data:`update` needs."""
 
-    update: Callable[..., Tuple[torch.Tensor, ...]]
+    update: Update
     """
-    ``(param, grad, *buffers, scalars) -> (param, *buffers)``: flat tensors of one length, and
-    scalars of shape ``(k,)``. Pure, and made of single additions, products, quotients and roots:
-    fused kernels such as ``lerp`` may round their vector body and their tail differently, which
-    would make the result depend on where a shard ends.
+    ``(param, grad, *buffers, scalars) -> (what is subtracted, *buffers)``: flat tensors of one
+    length, and scalars of shape ``(k,)``. Pure, and made of single additions, products, quotients
+    and roots: fused kernels such as ``lerp`` may round their vector body and their tail
+    differently, which would make the result depend on where a shard ends.
     """
+
+    sums: Optional[WholeSums] = None
 
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
@@ -54,33 +101,62 @@ def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(step * math.log(beta))
 
 
+class _Job(NamedTuple):
+    """One parameter of a step."""
+
+    member: Member
+    param: torch.Tensor
+    """Local part, flat; a copy where that is not a view."""
+    grad: torch.Tensor
+    buffers: List[torch.Tensor]
+    whole: bool
+    """Whether this rank has all of it."""
+
+
 def apply_rule(
     rule: ElementwiseRule,
-    group: Mapping[str, Any],
-    clock: torch.Tensor,
-    members: Sequence[Member],
+    work: Sequence[GroupWork],
+    names: Mapping[torch.Tensor, str],
     compiled: bool,
+    seed: int,
 ) -> None:
     """
     Update parameters and buffers in place, parameter by parameter.
 
-    :param clock: Updates of each parameter of the group including this one, shape ``(n,)``.
+    :param names: Of the parameters, for the random numbers of bfloat16 state.
     """
-    values = [
-        s if isinstance(s, torch.Tensor) else torch.full_like(clock, s)
-        for s in rule.scalars(group, clock)
-    ]
-    scalars = torch.stack([v.expand_as(clock) for v in values], dim=1)  # (n, k)
-    run = _compiled(rule) if compiled else _update_in_place
-    for member in members:
-        param = get_local_tensor(member.param)
-        if param.numel() == 0:
-            continue
-        flat = _flat(param)
-        buffers = [_flat(member.local(name)) for name in rule.buffers]
-        run(rule.update, flat, _flat(member.grad), buffers, scalars[member.slot].detach())
-        if not param.is_contiguous():  # then flat was a copy
-            param.copy_(flat.view(param.shape))
+    jobs = [[_job(rule, member) for member in each.members] for each in work]
+    scalars = [_scalars(rule, each) for each in work]
+    if rule.sums is not None and not all(job.whole for its_jobs in jobs for job in its_jobs):
+        scalars = _with_sums(rule.sums, work, jobs, scalars, compiled)
+        update = _compiled(rule, None) if compiled else _update_in_chunks
+        sums = None
+    else:
+        update = _compiled(rule, rule.sums) if compiled else _update_in_chunks
+        sums = rule.sums
+    for each, its_jobs, its_scalars in zip(work, jobs, scalars):
+        cautious_decay = bool(each.group["cautious_weight_decay"])
+        for job, its in zip(its_jobs, its_scalars):
+            if job.param.numel() == 0:
+                continue
+            rounding = rounding_of(job.member, job.buffers, names, each.group[CALLS], seed)
+            update(
+                *(rule.update, sums, job.param, job.grad, job.buffers, its),
+                *(each.proceed, cautious_decay, rounding),
+            )
+            if not job.member.param.is_contiguous():  # then the flat one may be a copy
+                local = get_local_tensor(job.member.param)
+                local.copy_(job.param.view(local.shape))
+
+
+def _job(rule: ElementwiseRule, member: Member) -> _Job:
+    return _Job(
+        member,
+        _flat(get_local_tensor(member.param)),
+        _flat(member.grad),
+        [_flat(member.local(name)) for name in rule.buffers],
+        not sharding_dims(member.param),
+    )
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -88,29 +164,142 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).detach()
 
 
-def _update_in_place(
-    update: Callable[..., Tuple[torch.Tensor, ...]],
+def _scalars(rule: ElementwiseRule, each: GroupWork) -> List[torch.Tensor]:
+    """For each member the decay factor and the rule's scalars, ``(1 + k,)``."""
+    group = each.group
+    values = [1 - group["lr"] * group["weight_decay"], *rule.scalars(group, each.clock)]
+    columns = [
+        value if isinstance(value, torch.Tensor) else torch.full_like(each.clock, value)
+        for value in values
+    ]
+    table = torch.stack([column.expand_as(each.clock) for column in columns], dim=1)
+    return [table[member.slot].detach() for member in each.members]
+
+
+def _with_sums(
+    sums: WholeSums,
+    work: Sequence[GroupWork],
+    jobs: Sequence[Sequence[_Job]],
+    scalars: Sequence[Sequence[torch.Tensor]],
+    compiled: bool,
+) -> List[List[torch.Tensor]]:
+    """The scalars with those that follow from sums: one exchange for all parameters of a step."""
+    params, local, numels = [], [], []
+    count = _compiled_sums(sums) if compiled else _sums_in_chunks
+    for its_jobs, its_scalars in zip(jobs, scalars):
+        for job, its in zip(its_jobs, its_scalars):
+            params.append(job.member.param)
+            numels.append(job.member.param.numel())
+            local.append(count(sums, job.param, job.grad, job.buffers, its))
+    totals = sum_over_shards(params, torch.stack(local)).unbind(1)
+    numel = _float64(tuple(numels), local[0].device)
+    flat = torch.stack([its for its_scalars in scalars for its in its_scalars])
+    more = torch.stack(list(sums.scalars(totals, numel, flat[:, 1:].unbind(1))), dim=1)
+    rows = iter(torch.cat([flat, more.to(flat)], dim=1).unbind())
+    return [[next(rows).detach() for _ in its_scalars] for its_scalars in scalars]
+
+
+@lru_cache(maxsize=64)
+def _float64(values: Tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # Kept, because a copy from the host at every step would be a sync.
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _local_sums(
+    sums: WholeSums,
     param: torch.Tensor,
     grad: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
-) -> None:
+) -> torch.Tensor:
     work = scalars.dtype
-    new_param, *new_buffers = update(param.to(work), grad.to(work), *buffers, scalars)
-    param.copy_(new_param)
-    for buffer, new in zip(buffers, new_buffers):
-        buffer.copy_(new)
+    args = (x.to(work) for x in (param, grad, *buffers))
+    return torch.stack([part.to(torch.float64) for part in sums.of(*args, scalars[1:])])
+
+
+def _sums_in_chunks(
+    sums: WholeSums,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+) -> torch.Tensor:
+    parts = [
+        _local_sums(sums, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars)
+        for i, j in chunks(param)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _and_from_sums(
+    sums: WholeSums, local: torch.Tensor, numel: int, scalars: torch.Tensor
+) -> torch.Tensor:
+    more = sums.scalars(local.unbind(), numel, scalars[1:].unbind())
+    return torch.cat([scalars, torch.stack(list(more)).to(scalars)])
+
+
+def _update_in_place(
+    update: Update,
+    sums: Optional[WholeSums],
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    proceed: Optional[torch.Tensor],
+    cautious_decay: bool,
+    rounding: Optional[Rounding],
+) -> None:
+    if sums is not None:
+        local = _local_sums(sums, param, grad, buffers, scalars)
+        scalars = _and_from_sums(sums, local, param.numel(), scalars)
+    work = scalars.dtype
+    old = param.to(work)
+    args = (grad.to(work), *(buffer.to(work) for buffer in buffers), scalars[1:])
+    step, *new_buffers = update(old, *args)
+    write_weights(param, old, step, scalars[0], proceed, cautious_decay)
+    write_state(buffers, new_buffers, proceed, rounding)
+
+
+def _update_in_chunks(
+    update: Update,
+    sums: Optional[WholeSums],
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    scalars: torch.Tensor,
+    proceed: Optional[torch.Tensor],
+    cautious_decay: bool,
+    rounding: Optional[Rounding],
+) -> None:
+    if sums is not None:
+        local = _sums_in_chunks(sums, param, grad, buffers, scalars)
+        scalars = _and_from_sums(sums, local, param.numel(), scalars)
+    for i, j in chunks(param):
+        _update_in_place(
+            *(update, None, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars),
+            *(proceed, cautious_decay, some_of(rounding, i, j)),
+        )
 
 
 @lru_cache(maxsize=None)
-def _compiled(rule: ElementwiseRule) -> Callable[..., None]:
+def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> Callable[..., Any]:
+    what = "update" if sums is None else "sum_and_update"
+    return _compile(_update_in_place, f"{rule.update.__name__}_{what}")
+
+
+@lru_cache(maxsize=None)
+def _compiled_sums(sums: WholeSums) -> Callable[..., Any]:
+    return _compile(_local_sums, f"{sums.of.__name__}_sums")
+
+
+def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     # A code object of its own, because dynamo counts recompilations per code object: with a shared
     # one, the ninth rule of a process would run eagerly.
-    code = _update_in_place.__code__.replace(co_name=f"{rule.update.__name__}_in_place")
+    assert isinstance(function, FunctionType)
     # Without dynamic_threads inductor takes the number of threads from the first shape that it
     # sees, and a kernel made for all shapes runs on one thread.
     return torch.compile(
-        FunctionType(code, globals()),
+        FunctionType(function.__code__.replace(co_name=name), globals()),
         dynamic=True,
         fullgraph=True,
         options={"cpp.dynamic_threads": True},
@@ -120,21 +309,13 @@ def _compiled(rule: ElementwiseRule) -> Callable[..., None]:
 class ElementwiseOptimizer(ExtOptimizer):
     """
     An optimizer with one :class:`ElementwiseRule` for all of its parameters.
-
-    :param compile: Compile the rule with :func:`torch.compile` at the first step: one kernel for
-        all shapes. ``step()`` itself is never compiled.
     """
 
     rule: ClassVar[ElementwiseRule]
-
-    def __init__(self, params: Any, defaults: Dict[str, Any], compile: bool = False):
-        self._compile = to_flag(compile, "compile", type(self).__name__)
-        super().__init__(params, defaults)
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         del group
         return self.rule.buffers
 
     def update(self, work: Sequence[GroupWork]) -> None:
-        for group, clock, members in work:
-            apply_rule(self.rule, group, clock, members, self._compile)
+        apply_rule(self.rule, work, self._names, self._compile, self._seed)

@@ -1,6 +1,6 @@
 """
-Whole matrices from sharded ones: which path a parameter takes, who computes which matrix, and the
-all-to-all that moves row shards to their owners and the updates back.
+Whole matrices from sharded ones: who computes which matrix, and what moves the shards to their
+owners and the updates back.
 """
 
 from dataclasses import dataclass
@@ -8,163 +8,136 @@ from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
-from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoError
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 __all__ = [
     "BUCKET_BYTES",
-    "Path",
+    "Broadcast",
+    "BroadcastExchange",
+    "Bucket",
+    "Matrix",
     "RowExchange",
+    "Transfer",
     "assign_owners",
-    "gather_whole",
-    "local_part",
-    "path_of",
 ]
 
 BUCKET_BYTES = 64 * 2**20
-"""How many bytes an owner receives at the most in one exchange; a larger matrix goes alone."""
+"""
+How many bytes a rank sends and receives at the most in one exchange, together; a matrix that is
+larger than half of it goes alone.
+"""
 
 
-class Path(StrEnum):
-    """How a rule that needs the whole matrix gets it."""
-
-    local = "local"
-    """The whole matrix is on this rank."""
-
-    rows = "rows"
-    """Rows are sharded over one mesh dimension: two all-to-alls, each matrix computed once."""
-
-    redistribute = "redistribute"
-    """Any other sharding: DTensor gathers the matrix on every rank, which all compute it."""
-
-
-def path_of(param: torch.Tensor) -> Tuple[Path, Optional[dist.ProcessGroup]]:
-    """
-    The path of a parameter, read from its mesh and placements, and for :data:`Path.rows` the
-    process group of the mesh dimension over which its rows are sharded.
-    """
-    if not isinstance(param, DTensor):
-        return Path.local, None
-    mesh = param.device_mesh
-    sharded = [
-        dim
-        for dim, placement in enumerate(param.placements)
-        if mesh.size(dim) > 1 and not isinstance(placement, Replicate)
-    ]
-    if not sharded:
-        return Path.local, None
-    # type() rather than isinstance(): _StridedShard has another order of rows.
-    if len(sharded) == 1 and type(placement := param.placements[sharded[0]]) is Shard:
-        if placement.dim == 0 and param.ndim == 2:
-            return Path.rows, mesh.get_group(sharded[0])
-    return Path.redistribute, None
-
-
-def gather_whole(local: torch.Tensor, param: DTensor) -> torch.Tensor:
-    """The whole tensor of which ``local`` is this rank's part under the sharding of ``param``."""
-    return DTensor.from_local(
-        local,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    ).full_tensor()
-
-
-def local_part(whole: torch.Tensor, param: DTensor) -> torch.Tensor:
-    """This rank's part of a tensor that every rank has whole, under the sharding of ``param``."""
-    mesh = param.device_mesh
-    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(mesh, param.placements).to_local()
-
-
-def assign_owners(costs: Sequence[float], n_owners: int) -> List[int]:
+def assign_owners(
+    costs: Sequence[float], n_owners: int, fixed: Sequence[Optional[int]] = ()
+) -> List[int]:
     """
     Largest-first packing: each item, in order of falling cost, goes to the least loaded owner.
     Ties go to the item and the owner that come first, so all ranks find the same answer.
 
+    :param fixed: The owners of items that have one already, ``None`` for the others.
+
     :returns: The owner of each item.
     """
-    owners = [0] * len(costs)
+    owners: List[Optional[int]] = list(fixed) if fixed else [None] * len(costs)
     load = [0.0] * n_owners
+    for cost, owner in zip(costs, owners):
+        if owner is not None:
+            load[owner] += cost
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owner = min(range(n_owners), key=load.__getitem__)
-        owners[item] = owner
-        load[owner] += costs[item]
-    return owners
+        if owners[item] is None:
+            owner = min(range(n_owners), key=load.__getitem__)
+            owners[item] = owner
+            load[owner] += costs[item]
+    return [owner for owner in owners if owner is not None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix whose rows are shared by the ranks of a group."""
+
+    cols: int
+    rows_on: Tuple[int, ...]
+    """How many of its rows, from top to bottom, each rank holds."""
+    owner: int
+
+    @property
+    def numel(self) -> int:
+        return sum(self.rows_on) * self.cols
 
 
 @dataclass
-class _Transfer:
-    """An all-to-all under way. Holds both buffers until it is waited for."""
+class Transfer:
+    """An all-to-all under way."""
 
-    work: dist.Work
-    sent: torch.Tensor
-    received: torch.Tensor
+    work: Optional[dist.Work]
+    sent: Optional[torch.Tensor]
+    received: Optional[torch.Tensor]
 
     def wait(self) -> torch.Tensor:
+        """What was received; once, as nothing is held here afterwards."""
+        assert self.work is not None and self.received is not None
         self.work.wait()
-        return self.received
+        received = self.received
+        self.work = self.sent = self.received = None  # the work, too, holds both buffers
+        return received
 
 
 Bucket = Tuple[Tuple[int, ...], ...]
 """For each owner the matrices that it computes in one exchange."""
 
 
+def _fill_buckets(
+    n_bytes: Sequence[int], owners: Sequence[int], n_owners: int, bytes_of_owner: int
+) -> List[Bucket]:
+    """Largest first, each owner's part of a bucket up to a number of bytes."""
+    shares: List[List[List[int]]] = [[] for _ in range(n_owners)]
+    filled: Dict[int, int] = {}
+    for item in sorted(range(len(n_bytes)), key=lambda i: -n_bytes[i]):
+        owner = owners[item]
+        if not shares[owner] or filled[owner] + n_bytes[item] > bytes_of_owner:
+            shares[owner].append([])
+            filled[owner] = 0
+        shares[owner][-1].append(item)
+        filled[owner] += n_bytes[item]
+    n_buckets = max(map(len, shares), default=0)
+    return [
+        tuple(tuple(share[b]) if b < len(share) else () for share in shares)
+        for b in range(n_buckets)
+    ]
+
+
 class RowExchange:
     """
-    Moves matrices whose rows are sharded over the ranks of a process group, as ``Shard(0)`` shards
-    them, to the rank that owns each, and the results back.
+    Moves matrices whose rows are shared by the ranks of a process group to the rank that owns each,
+    and the results back.
 
-    :param shapes: ``(rows, cols)`` of each whole matrix.
-    :param costs: What computing each matrix costs, in any unit.
+    On the owner a bucket lies in one buffer, rank by rank, and results replace what was received:
+    the same buffer travels back.
+
+    :param matrices: The matrices, in the same order on all ranks.
     :param group: The ranks that share the rows.
     :param itemsize: Bytes of an element on the wire.
     """
 
     def __init__(
         self,
-        shapes: Sequence[Tuple[int, int]],
-        costs: Sequence[float],
+        matrices: Sequence[Matrix],
         group: dist.ProcessGroup,
         itemsize: int,
         bucket_bytes: int = BUCKET_BYTES,
     ):
-        self.shapes = list(shapes)
+        self.matrices = list(matrices)
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.owners = assign_owners(costs, self.size)
-        self.buckets = self._fill_buckets(itemsize, bucket_bytes)
-
-    def _fill_buckets(self, itemsize: int, bucket_bytes: int) -> List[Bucket]:
         # With even shards, a rank also sends at most what an owner receives.
-        shares: List[List[List[int]]] = [[] for _ in range(self.size)]
-        filled: Dict[int, int] = {}
-        for item, (rows, cols) in sorted(
-            enumerate(self.shapes), key=lambda entry: -entry[1][0] * entry[1][1]
-        ):
-            owner, n_bytes = self.owners[item], rows * cols * itemsize
-            if not shares[owner] or filled[owner] + n_bytes > bucket_bytes:
-                shares[owner].append([])
-                filled[owner] = 0
-            shares[owner][-1].append(item)
-            filled[owner] += n_bytes
-        n_buckets = max(map(len, shares), default=0)
-        return [
-            tuple(tuple(share[b]) if b < len(share) else () for share in shares)
-            for b in range(n_buckets)
-        ]
-
-    def rows_on(self, item: int, rank: int) -> int:
-        """How many rows of a matrix a rank of the group holds."""
-        size, _ = Shard.local_shard_size_and_offset(self.shapes[item][0], self.size, rank)
-        return int(size)
+        n_bytes = [matrix.numel * itemsize for matrix in self.matrices]
+        owners = [matrix.owner for matrix in self.matrices]
+        self.buckets = _fill_buckets(n_bytes, owners, self.size, bucket_bytes // 2)
 
     def _numel_on(self, item: int, rank: int) -> int:
-        return self.rows_on(item, rank) * self.shapes[item][1]
+        return self.matrices[item].rows_on[rank] * self.matrices[item].cols
 
     def _splits(self, bucket: Bucket) -> Tuple[List[int], List[int]]:
         # What this rank holds for each owner, and what each rank holds for this owner.
@@ -176,69 +149,140 @@ class RowExchange:
 
     def start_gather(
         self, bucket: Bucket, shard_of: Callable[[int], torch.Tensor], like: torch.Tensor
-    ) -> _Transfer:
+    ) -> Transfer:
         """
         Start to move the shards of a bucket to their owners.
 
-        :param shard_of: The local rows ``(rows_on(i, rank), cols)`` of matrix ``i``.
+        :param shard_of: The local rows ``(rows_on[rank], cols)`` of matrix ``i``.
         :param like: Gives dtype and device of the buffers.
         """
         to_owners, from_ranks = self._splits(bucket)
         send = like.new_empty(sum(to_owners))
-        offset = 0
-        for item in (i for items in bucket for i in items):
+        for item, begin, end in self._in_shards(bucket):
             shard = shard_of(item)
-            if shard.shape[0] != self.rows_on(item, self.rank):
+            if shard.shape[0] != self.matrices[item].rows_on[self.rank]:
                 raise OLMoError(
-                    f"matrix {self.shapes[item]} has {shard.shape[0]} rows on rank {self.rank} "
-                    f"of {self.size}, Shard(0) gives it {self.rows_on(item, self.rank)}"
+                    f"a matrix has {shard.shape[0]} rows on rank {self.rank} of {self.size}, "
+                    f"expected are {self.matrices[item].rows_on[self.rank]}"
                 )
-            send[offset : offset + shard.numel()].copy_(shard.reshape(-1))
-            offset += shard.numel()
+            send[begin:end].view(shard.shape).copy_(shard)
         return self._all_to_all(send, to_owners, from_ranks)
 
-    def whole(self, bucket: Bucket, received: torch.Tensor) -> Dict[int, torch.Tensor]:
-        """The whole matrices of a bucket that this rank owns, from what it received."""
-        pieces: Dict[int, List[torch.Tensor]] = {item: [] for item in bucket[self.rank]}
-        offset = 0
-        for rank in range(self.size):
-            for item in bucket[self.rank]:
-                n = self._numel_on(item, rank)
-                pieces[item].append(received[offset : offset + n].view(-1, self.shapes[item][1]))
-                offset += n
-        return {item: torch.cat(rows) for item, rows in pieces.items()}
+    def whole(self, bucket: Bucket, item: int, buffer: torch.Tensor) -> torch.Tensor:
+        """
+        A matrix that this rank owns.
 
-    def start_scatter(
-        self, bucket: Bucket, results: Dict[int, torch.Tensor], like: torch.Tensor
-    ) -> _Transfer:
-        """Start to move the rows of this rank's results to the ranks that hold them."""
-        to_owners, from_ranks = self._splits(bucket)
-        send = like.new_empty(sum(from_ranks))
-        offset, row = 0, dict.fromkeys(results, 0)
+        :param buffer: What was received for the bucket.
+
+        :returns: ``(rows, cols)``, a view of the buffer where the rows lie in it in order.
+        """
+        if len(bucket[self.rank]) == 1:
+            return buffer.view(-1, self.matrices[item].cols)
+        return torch.cat(self._rows_in(bucket, item, buffer))
+
+    def replace(
+        self, bucket: Bucket, item: int, buffer: torch.Tensor, result: torch.Tensor
+    ) -> None:
+        """Put the result ``(rows, cols)`` of a matrix where the matrix was."""
+        first = 0
+        for part in self._rows_in(bucket, item, buffer):
+            part.copy_(result[first : first + part.shape[0]])
+            first += part.shape[0]
+
+    def _rows_in(self, bucket: Bucket, item: int, buffer: torch.Tensor) -> List[torch.Tensor]:
+        """The rows of a matrix in the owner's buffer, those of each rank a view."""
+        parts, offset = [], 0
         for rank in range(self.size):
-            for item in bucket[self.rank]:
-                rows = self.rows_on(item, rank)
-                part = results[item][row[item] : row[item] + rows].reshape(-1)
-                send[offset : offset + part.numel()].copy_(part)
-                row[item] += rows
-                offset += part.numel()
-        return self._all_to_all(send, from_ranks, to_owners)
+            for other in bucket[self.rank]:
+                n = self._numel_on(other, rank)
+                if other == item:
+                    part = buffer[offset : offset + n]
+                    parts.append(part.view(-1, self.matrices[item].cols))
+                offset += n
+        return parts
+
+    def start_scatter(self, bucket: Bucket, buffer: torch.Tensor) -> Transfer:
+        """Start to move the results in the owners' buffers to the ranks that hold the rows."""
+        to_owners, from_ranks = self._splits(bucket)
+        return self._all_to_all(buffer, from_ranks, to_owners)
 
     def shards(self, bucket: Bucket, received: torch.Tensor) -> Dict[int, torch.Tensor]:
-        """The local rows of all results of a bucket, from what this rank received."""
-        out: Dict[int, torch.Tensor] = {}
-        offset = 0
+        """The local rows of all results of a bucket, views of what this rank received."""
+        return {
+            item: received[begin:end].view(-1, self.matrices[item].cols)
+            for item, begin, end in self._in_shards(bucket)
+        }
+
+    def _in_shards(self, bucket: Bucket) -> List[Tuple[int, int, int]]:
+        """Each matrix of a bucket, and where this rank's rows of it lie in its own buffer."""
+        out, offset = [], 0
         for item in (i for items in bucket for i in items):
             n = self._numel_on(item, self.rank)
-            out[item] = received[offset : offset + n].view(-1, self.shapes[item][1])
+            out.append((item, offset, offset + n))
             offset += n
         return out
 
     def _all_to_all(
         self, send: torch.Tensor, send_splits: List[int], receive_splits: List[int]
-    ) -> _Transfer:
+    ) -> Transfer:
         received = send.new_empty(sum(receive_splits))
         work = dist.all_to_all_single(
             received, send, receive_splits, send_splits, group=self.group, async_op=True
         )
-        return _Transfer(work, send, received)
+        return Transfer(work, send, received)
+
+
+@dataclass
+class Broadcast:
+    """Broadcasts under way, by all owners of a bucket."""
+
+    works: List[dist.Work]
+    buffer: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        for work in self.works:
+            work.wait()
+        return self.buffer
+
+
+class BroadcastExchange:
+    """
+    Sends the results of each owner to the other ranks of a group, which hold the same parameters.
+
+    :param numels: Elements of each matrix.
+    :param owners: The rank in the group that computes each.
+    """
+
+    def __init__(
+        self,
+        numels: Sequence[int],
+        owners: Sequence[int],
+        group: dist.ProcessGroup,
+        itemsize: int,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
+        self.numels = list(numels)
+        self.group = group
+        size = dist.get_world_size(group)
+        n_bytes = [numel * itemsize for numel in numels]
+        self.buckets = _fill_buckets(n_bytes, owners, size, bucket_bytes // size)
+
+    def results(self, bucket: Bucket, buffer: torch.Tensor) -> Dict[int, torch.Tensor]:
+        """Where the result of each matrix of a bucket lies in the buffer, flat views."""
+        out, offset = {}, 0
+        for item in (i for items in bucket for i in items):
+            out[item] = buffer[offset : offset + self.numels[item]]
+            offset += self.numels[item]
+        return out
+
+    def start(self, bucket: Bucket, buffer: torch.Tensor) -> Broadcast:
+        """Start to send what each owner put into its part of the buffer."""
+        works, offset = [], 0
+        for rank, items in enumerate(bucket):
+            n = sum(self.numels[item] for item in items)
+            if n:
+                source = dist.get_global_rank(self.group, rank)
+                part = buffer[offset : offset + n]
+                works.append(dist.broadcast(part, source, group=self.group, async_op=True))
+            offset += n
+        return Broadcast(works, buffer)

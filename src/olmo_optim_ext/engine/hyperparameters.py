@@ -8,7 +8,10 @@ from enum import Enum
 from typing import Any, Callable, Dict, Mapping, Tuple, Type, TypeVar
 
 import torch
+from olmo_core.config import DType
 from olmo_core.exceptions import OLMoConfigurationError
+
+from .gate import CAPACITY
 
 __all__ = ["check_hyperparameters", "to_choice", "to_flag"]
 
@@ -40,6 +43,22 @@ def _positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _window(value: Any) -> bool:
+    return _positive_int(value) and 2 <= value <= CAPACITY
+
+
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _state_dtype(value: Any) -> bool:
+    return value in (DType.float32, DType.bfloat16)
+
+
+def _seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
 _NON_NEGATIVE = (_non_negative, "a finite number >= 0")
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _BETAS = (_pair_of_fractions, "two numbers in [0, 1)")
@@ -57,6 +76,11 @@ _ALLOWED: Dict[str, Tuple[Callable[[Any], bool], str]] = {
     "momentum": (_fraction, "a number in [0, 1)"),
     "momentum_decay": _NON_NEGATIVE,
     "polar_steps": (_positive_int, "an integer >= 1"),
+    "rolling_interval_length": (_window, f"an integer from 2 to {CAPACITY}"),
+    "sigma_factor": (_positive, "a finite number > 0"),
+    "state_dtype": (_state_dtype, "float32 or bfloat16"),
+    "seed": (_seed, "an integer from 0 to 2^63 - 1"),
+    "mask_eps": (_positive, "a finite number > 0"),
 }
 
 

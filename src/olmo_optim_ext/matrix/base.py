@@ -4,9 +4,11 @@ What the optimizers for matrices share: AdamW for the parameters that are none.
 
 from typing import Any, Dict, Optional, Tuple
 
+from typing_extensions import Unpack
+
 from ..elementwise.adamw import ADAMW
 from ..engine.hyperparameters import check_hyperparameters
-from ..engine.matrix import ALGORITHM, MatrixOptimizer
+from ..engine.matrix import ALGORITHM, MatrixOptimizer, MatrixOptions
 
 __all__ = ["MatrixAndAdamW"]
 
@@ -31,7 +33,7 @@ class MatrixAndAdamW(MatrixOptimizer):
         adamw_betas: Tuple[float, ...],
         adamw_eps: float,
         adamw_weight_decay: Optional[float],
-        compile: bool = False,
+        **options: Unpack[MatrixOptions],
     ):
         own = {
             "adamw_lr": adamw_lr,
@@ -47,7 +49,7 @@ class MatrixAndAdamW(MatrixOptimizer):
         }
         # All groups have the same keys, as DCP wants it; matrices have no use for these two.
         defaults = {**defaults, "betas": adamw_betas, "eps": adamw_eps}
-        super().__init__(params, defaults, compile=compile)
+        super().__init__(params, defaults, **options)
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         if param_group.get(ALGORITHM) == self.leftover_algorithm:

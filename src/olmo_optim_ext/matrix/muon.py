@@ -5,15 +5,17 @@ weight decay and the scale that matches AdamW: Moonlight, arXiv:2502.16982).
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, FrozenSet, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, ClassVar, Dict, FrozenSet, Mapping, Optional, Sequence, Tuple, Type
 
 import torch
 from olmo_core.config import DType, StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
+from typing_extensions import Unpack
 
 from ..config import MatrixOptimConfig
 from ..engine.hyperparameters import check_hyperparameters, to_choice, to_flag
+from ..engine.matrix import MatrixOptions, Owned
 from ..linalg.polar import PolarMethod, newton_schulz_flops, polar
 from .base import MatrixAndAdamW
 
@@ -90,7 +92,7 @@ class Muon(MatrixAndAdamW):
         adamw_betas: Tuple[float, ...] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: Optional[float] = None,
-        compile: bool = False,
+        **options: Unpack[MatrixOptions],
     ):
         name = type(self).__name__
         self._polar_method = to_choice(PolarMethod, polar_method, "polar_method", name)
@@ -110,7 +112,7 @@ class Muon(MatrixAndAdamW):
             adamw_betas=adamw_betas,
             adamw_eps=adamw_eps,
             adamw_weight_decay=adamw_weight_decay,
-            compile=compile,
+            **options,
         )
 
     def check_group(self, group: Mapping[str, Any]) -> None:
@@ -118,27 +120,29 @@ class Muon(MatrixAndAdamW):
         to_choice(LRScaling, group["lr_scaling"], "lr_scaling", name)
         to_flag(group["nesterov"], "nesterov", name)
 
-    def wire_dtype(self, state: torch.Tensor) -> torch.dtype:
+    def wire_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         if self._polar_dtype is not None:
             return self._polar_dtype
         iterates = self._polar_method == PolarMethod.newton_schulz
-        if iterates and state.device.type == "cuda" and state.dtype == torch.float32:
+        if iterates and device.type == "cuda" and dtype == torch.float32:
             return torch.bfloat16
-        return state.dtype
+        return dtype
 
     def on_shards(
         self, group: Mapping[str, Any], grad: torch.Tensor, buffers: Sequence[torch.Tensor]
     ) -> Tuple[torch.Tensor, ...]:
         return momentum_shards(grad, buffers[0], group["momentum"], group["nesterov"])
 
-    def on_owner(self, group: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-        return polar(x, self._polar_method, self._polar_steps)
+    def on_owner(
+        self, group: Mapping[str, Any], owned: Owned
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        return polar(owned.x, self._polar_method, self._polar_steps), {}
 
-    def scale(self, group: Mapping[str, Any], rows: int, cols: int) -> float:
-        return lr_scale(group["lr_scaling"], rows, cols)
+    def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
+        return lr_scale(group["lr_scaling"], n_out, n_in)
 
-    def cost(self, rows: int, cols: int) -> float:
-        return newton_schulz_flops(rows, cols, self._polar_steps)
+    def cost(self, n_out: int, n_in: int) -> float:
+        return newton_schulz_flops(n_out, n_in, self._polar_steps)
 
 
 @OptimConfig.register("ext_muon")

@@ -1,21 +1,20 @@
 import itertools
 import random
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from olmo_core.exceptions import OLMoError
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from olmo_optim_ext import MuonConfig
-from olmo_optim_ext.engine import matrix as matrix_engine
-from olmo_optim_ext.engine.exchange import Path, RowExchange, assign_owners, path_of
-
-from ..optim.cases import MixedShapes, train, weights
+from olmo_optim_ext.engine.exchange import (
+    BroadcastExchange,
+    Matrix,
+    RowExchange,
+    Transfer,
+    assign_owners,
+)
 
 # Owners
 
@@ -74,6 +73,30 @@ def test_nothing_to_own():
     assert assign_owners([], 3) == []
 
 
+@pytest.mark.parametrize("n_owners", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(10))
+def test_who_is_free_goes_where_those_with_an_owner_leave_room(seed: int, n_owners: int):
+    costs = random_costs(seed)
+    rng = random.Random(100 + seed)
+    fixed = [rng.choice([None, None, 0, n_owners - 1]) for _ in costs]
+    given = list(fixed)
+    owners = assign_owners(costs, n_owners, fixed)
+    assert fixed == given
+    assert all(owner == f for owner, f in zip(owners, fixed) if f is not None)
+    before = loads(costs, [-1 if f is None else f for f in fixed], n_owners)
+    after = loads(costs, owners, n_owners)
+    free = [c for c, f in zip(costs, fixed) if f is None]
+    # Who got something has at most the mean and one item, or what it had before.
+    bound = sum(costs) / n_owners + max(free, default=0.0)
+    for had, has in zip(before, after):
+        assert has == pytest.approx(had) or has <= bound * (1 + 1e-12)
+
+
+def test_an_owner_with_much_gets_nothing_more():
+    assert assign_owners([100.0, 1.0, 2.0, 3.0], 3, [1, None, None, None]) == [1, 2, 2, 0]
+    assert assign_owners([1.0, 1.0, 5.0], 2, [None, None, 0]) == [1, 1, 0]
+
+
 # Exchange, with all ranks of a group in one process
 
 
@@ -109,76 +132,87 @@ MakeGroup = Callable[..., List[Any]]  # of Rank, whose transfers are no transfer
 
 @pytest.fixture
 def make_group(monkeypatch: pytest.MonkeyPatch) -> MakeGroup:
-    def make(
-        size: int,
-        shapes: Sequence[Tuple[int, int]],
-        costs: Optional[Sequence[float]] = None,
-        **kwargs: Any,
-    ) -> List[Any]:
-        costs = costs or [float(rows * cols) for rows, cols in shapes]
+    def make(size: int, matrices: Sequence[Matrix], **kwargs: Any) -> List[Any]:
         group: Any = object()
         ranks = []
         for rank in range(size):
             with monkeypatch.context() as patch:
                 patch.setattr(dist, "get_world_size", {group: size}.__getitem__)
                 patch.setattr(dist, "get_rank", {group: rank}.__getitem__)
-                ranks.append(Rank(shapes, costs, group, itemsize=4, **kwargs))
+                ranks.append(Rank(matrices, group, itemsize=4, **kwargs))
         return ranks
 
     return make
 
 
-def shards_of(matrix: torch.Tensor, size: int) -> List[torch.Tensor]:
+def chunked(rows: int, size: int) -> Tuple[int, ...]:
     """The rows of each rank, as ``Shard(0)`` documents them: by :func:`torch.chunk`."""
-    chunks = list(torch.chunk(matrix, size))
-    return chunks + [matrix[:0]] * (size - len(chunks))
+    chunks = [len(x) for x in torch.chunk(torch.empty(rows), size)] if rows else []
+    return tuple(chunks + [0] * (size - len(chunks)))
 
 
-SHAPES = [(8, 4), (7, 3), (2, 5), (1, 6), (13, 2), (3, 3), (8, 4), (5, 1), (4, 9)]
-"""Even and uneven rows, and fewer rows than ranks."""
+def cut(rows: int, size: int, seed: int) -> Tuple[int, ...]:
+    """Rows of a block of a parameter: some ranks have none, and those need not be the last."""
+    rng = random.Random(seed)
+    borders = sorted(rng.randint(0, rows) for _ in range(size - 1))
+    return tuple(end - begin for begin, end in zip([0, *borders], [*borders, rows]))
 
 
-def matrices(shapes: Sequence[Tuple[int, int]]) -> List[torch.Tensor]:
-    """No element occurs twice."""
-    starts = itertools.accumulate((rows * cols for rows, cols in shapes), initial=0)
+SHAPES = [(8, 4), (7, 3), (2, 5), (1, 6), (13, 2), (3, 3), (8, 4), (5, 1), (4, 9), (0, 3)]
+"""Even and uneven rows, fewer rows than ranks, and none."""
+
+
+def some_matrices(size: int, how: str) -> List[Matrix]:
+    owners = {
+        "chunked": assign_owners([rows * cols for rows, cols in SHAPES], size),
+        "cut": [(7 * i + 3) % size for i in range(len(SHAPES))],
+        "one owner": [size - 1] * len(SHAPES),
+    }[how]
     return [
-        torch.arange(start, start + rows * cols, dtype=torch.float32).view(rows, cols)
-        for start, (rows, cols) in zip(starts, shapes)
+        Matrix(cols, chunked(rows, size) if how == "chunked" else cut(rows, size, i), owner)
+        for i, ((rows, cols), owner) in enumerate(zip(SHAPES, owners))
     ]
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**20, 120, 1])
+def filled(matrices: Sequence[Matrix]) -> List[torch.Tensor]:
+    """No element occurs twice."""
+    starts = itertools.accumulate((m.numel for m in matrices), initial=1)
+    return [
+        torch.arange(start, start + m.numel, dtype=torch.float32).view(-1, m.cols)
+        for start, m in zip(starts, matrices)
+    ]
+
+
+@pytest.mark.parametrize("bucket_bytes", [2**20, 240, 1])
+@pytest.mark.parametrize("how", ["chunked", "cut", "one owner"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_owners_get_their_whole_matrices_and_ranks_their_shards(
-    size: int, bucket_bytes: int, make_group: MakeGroup
+    size: int, how: str, bucket_bytes: int, make_group: MakeGroup
 ):
-    ranks = make_group(size, SHAPES, bucket_bytes=bucket_bytes)
-    whole = matrices(SHAPES)
-    shards = [shards_of(matrix, size) for matrix in whole]
-    updates = [-matrix for matrix in whole]
+    matrices = some_matrices(size, how)
+    ranks = make_group(size, matrices, bucket_bytes=bucket_bytes)
+    whole = filled(matrices)
+    shards = [x.split(m.rows_on) for x, m in zip(whole, matrices)]
     like = torch.empty(0)
 
     gathered: List[int] = []
     scattered: List[Dict[int, torch.Tensor]] = [{} for _ in ranks]
     for bucket in ranks[0].buckets:
-        received = deliver(
+        buffers = deliver(
             [
                 x.start_gather(bucket, lambda i, rank=rank: shards[i][rank], like)
                 for rank, x in enumerate(ranks)
             ]
         )
-        results = []
-        for x, buffer in zip(ranks, received):
-            owned = x.whole(bucket, buffer)
-            assert list(owned) == list(bucket[x.rank])
-            for i, matrix in owned.items():
-                assert x.owners[i] == x.rank
+        for x, buffer in zip(ranks, buffers):
+            # Any order, and one after the other: results must not touch matrices that wait.
+            for i in reversed(bucket[x.rank]):
+                assert matrices[i].owner == x.rank
+                matrix = x.whole(bucket, i, buffer)
                 assert torch.equal(matrix, whole[i])
-            gathered += owned
-            results.append({i: -matrix for i, matrix in owned.items()})
-        received = deliver(
-            [x.start_scatter(bucket, result, like) for x, result in zip(ranks, results)]
-        )
+                x.replace(bucket, i, buffer, -matrix)
+                gathered.append(i)
+        received = deliver([x.start_scatter(bucket, b) for x, b in zip(ranks, buffers)])
         for x, buffer in zip(ranks, received):
             out = x.shards(bucket, buffer)
             assert not out.keys() & scattered[x.rank].keys()
@@ -188,180 +222,178 @@ def test_owners_get_their_whole_matrices_and_ranks_their_shards(
     for rank, of_rank in enumerate(scattered):
         assert sorted(of_rank) == list(range(len(SHAPES)))
         for i, got in of_rank.items():
-            expected = shards_of(updates[i], size)[rank]
-            assert got.shape == expected.shape
-            assert torch.equal(got, expected)
+            assert got.shape == shards[i][rank].shape
+            assert torch.equal(got, -shards[i][rank])
+
+
+def test_a_matrix_alone_in_the_buffer_is_not_copied(make_group: MakeGroup):
+    (rank,) = make_group(1, [Matrix(2, (3,), 0)])
+    (bucket,) = rank.buckets
+    buffer = torch.arange(6.0)
+    assert rank.whole(bucket, 0, buffer).data_ptr() == buffer.data_ptr()
 
 
 def test_shards_need_not_be_contiguous(make_group: MakeGroup):
-    (rank,) = make_group(1, [(3, 2)])
+    (rank,) = make_group(1, [Matrix(2, (3,), 0)])
     matrix = torch.arange(6.0).view(2, 3).t()
     assert not matrix.is_contiguous()
     (bucket,) = rank.buckets
-    (received,) = deliver([rank.start_gather(bucket, lambda i: matrix, torch.empty(0))])
-    assert torch.equal(rank.whole(bucket, received)[0], matrix)
+    (buffer,) = deliver([rank.start_gather(bucket, lambda i: matrix, torch.empty(0))])
+    assert torch.equal(rank.whole(bucket, 0, buffer), matrix)
+    result = torch.rand(2, 3).t()
+    rank.replace(bucket, 0, buffer, result)
+    assert torch.equal(rank.shards(bucket, buffer)[0], result)
 
 
 def test_what_travels_has_the_dtype_asked_for(make_group: MakeGroup):
-    (rank,) = make_group(1, [(3, 2)])
+    (rank,) = make_group(1, [Matrix(2, (3,), 0)])
     (bucket,) = rank.buckets
     matrix, like = torch.rand(3, 2), torch.empty(0, dtype=torch.bfloat16)
-    for sent in (
-        rank.start_gather(bucket, lambda i: matrix, like),
-        rank.start_scatter(bucket, {0: matrix}, like),
-    ):
-        assert sent.tensor.dtype == torch.bfloat16
-        assert torch.equal(sent.tensor, matrix.bfloat16().view(-1))
+    sent = rank.start_gather(bucket, lambda i: matrix, like)
+    assert sent.tensor.dtype == torch.bfloat16
+    assert torch.equal(sent.tensor, matrix.bfloat16().view(-1))
+    rank.replace(bucket, 0, sent.tensor, -matrix)
+    back = rank.start_scatter(bucket, sent.tensor)
+    assert back.tensor is sent.tensor  # the results need no further buffer
+    assert torch.equal(back.tensor, -matrix.bfloat16().view(-1))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_all_ranks_agree_on_owners_and_buckets(size: int, make_group: MakeGroup):
-    first, *others = make_group(size, SHAPES, bucket_bytes=100)
+def test_all_ranks_agree_on_buckets(size: int, make_group: MakeGroup):
+    first, *others = make_group(size, some_matrices(size, "chunked"), bucket_bytes=100)
     for other in others:
-        assert other.owners == first.owners
         assert other.buckets == first.buckets
 
 
-@pytest.mark.parametrize("cap", [1, 40, 84, 120, 200, 2**20])
+@pytest.mark.parametrize("cap", [1, 80, 168, 240, 400, 2**20])
+@pytest.mark.parametrize("how", ["chunked", "cut", "one owner"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_buckets_hold_every_matrix_once_and_keep_to_the_cap(
-    size: int, cap: int, make_group: MakeGroup
+    size: int, how: str, cap: int, make_group: MakeGroup
 ):
-    rank = make_group(size, SHAPES, bucket_bytes=cap)[0]
-    n_bytes = [4 * rows * cols for rows, cols in SHAPES]
+    matrices = some_matrices(size, how)
+    rank = make_group(size, matrices, bucket_bytes=cap)[0]
     seen: List[int] = []
     for bucket in rank.buckets:
         assert len(bucket) == size
         assert any(bucket)
         for owner, items in enumerate(bucket):
             seen += items
-            assert all(rank.owners[i] == owner for i in items)
-            assert sum(n_bytes[i] for i in items) <= cap or len(items) == 1
+            assert all(matrices[i].owner == owner for i in items)
+            assert sum(4 * matrices[i].numel for i in items) <= cap // 2 or len(items) == 1
     assert sorted(seen) == list(range(len(SHAPES)))
 
 
+@pytest.mark.parametrize("cap", [256, 300, 512, 1024])
+@pytest.mark.parametrize("size", [2, 4])
+def test_even_ranks_send_and_receive_no_more_than_a_bucket(
+    size: int, cap: int, make_group: MakeGroup
+):
+    matrices = [Matrix(cols, (2,) * size, i % size) for i, cols in enumerate([1, 2, 3, 4] * 4)]
+    ranks = make_group(size, matrices, bucket_bytes=cap)
+    most = 0
+    for bucket in ranks[0].buckets:
+        for rank in ranks:
+            sent = rank.start_gather(
+                bucket, lambda i: torch.zeros(2, matrices[i].cols), torch.empty(0)
+            )
+            most = max(most, 4 * (sum(sent.to_ranks) + sum(sent.from_ranks)))
+    assert cap / 2 < most <= cap
+
+
 def test_a_cap_above_all_makes_one_bucket_and_one_below_all_a_bucket_each(make_group: MakeGroup):
-    assert len(make_group(2, SHAPES, bucket_bytes=2**20)[0].buckets) == 1
-    alone = make_group(2, SHAPES, bucket_bytes=1)[0]
-    assert len(alone.buckets) == max(alone.owners.count(owner) for owner in range(2))
-    # 2 x 40 bytes fit into 80, 3 do not.
-    assert len(make_group(1, [(2, 5)] * 5, bucket_bytes=80)[0].buckets) == 3
+    matrices = some_matrices(2, "chunked")[:-1]
+    assert len(make_group(2, matrices, bucket_bytes=2**20)[0].buckets) == 1
+    alone = make_group(2, matrices, bucket_bytes=1)[0]
+    owners = [m.owner for m in matrices]
+    assert len(alone.buckets) == max(owners.count(owner) for owner in range(2))
+    # 2 x 40 bytes fit into the half of 160, 3 do not.
+    assert len(make_group(1, [Matrix(5, (2,), 0)] * 5, bucket_bytes=160)[0].buckets) == 3
 
 
-def test_costs_decide_who_owns_what(make_group: MakeGroup):
-    shapes = [(4, 4), (2, 2), (2, 2), (2, 2)]
-    rank = make_group(2, shapes, costs=[1.0, 5.0, 3.0, 1.0])[0]
-    assert rank.owners == assign_owners([1.0, 5.0, 3.0, 1.0], 2)
-    assert rank.owners != assign_owners([16.0, 4.0, 4.0, 4.0], 2)
+def test_large_matrices_travel_first(make_group: MakeGroup):
+    matrices = [Matrix(cols, (1,), 0) for cols in (3, 5, 1, 5, 4)]
+    (rank,) = make_group(1, matrices, bucket_bytes=1)
+    assert [bucket[0] for bucket in rank.buckets] == [(1,), (3,), (4,), (0,), (2,)]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-def test_rows_are_those_of_chunk(size: int, make_group: MakeGroup):
-    shapes = [(rows, 2) for rows in range(1, 30)]
-    rank = make_group(size, shapes)[0]
-    for item, (rows, cols) in enumerate(shapes):
-        expected = [len(shard) for shard in shards_of(torch.empty(rows, cols), size)]
-        assert [rank.rows_on(item, r) for r in range(size)] == expected
+def test_nothing_to_exchange(make_group: MakeGroup):
+    assert make_group(2, [])[0].buckets == []
 
 
 def test_a_shard_of_another_sharding_is_refused(make_group: MakeGroup):
-    rank = make_group(2, [(5, 3)])[0]
-    with pytest.raises(OLMoError, match=r"\(5, 3\) has 2 rows on rank 0 of 2, .* gives it 3"):
+    rank = make_group(2, [Matrix(3, (3, 2), 0)])[0]
+    with pytest.raises(OLMoError, match="has 2 rows on rank 0 of 2, expected are 3"):
         rank.start_gather(rank.buckets[0], lambda i: torch.zeros(2, 3), torch.empty(0))
 
 
-# Steps
+class Waited(dist.Work):
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def wait(self, timeout: Any = None) -> bool:
+        self.times += 1
+        return True
+
+
+def test_what_was_sent_is_held_until_it_has_arrived():
+    work, sent, received = Waited(), torch.zeros(2), torch.ones(2)
+    transfer = Transfer(work, sent, received)
+    assert transfer.sent is sent
+    assert transfer.wait() is received
+    assert work.times == 1 and transfer.sent is None
+
+
+def test_rows_travel_over_a_process_group(passed_on_ranks: Callable[[str], Path]):
+    passed_on_ranks("rows_travel_to_owners_and_back")
+
+
+def test_buckets_of_a_step_do_not_mix(passed_on_ranks: Callable[[str], Path]):
+    passed_on_ranks("buckets_of_a_step_do_not_mix")
+
+
+# Broadcast
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def broadcast(monkeypatch: pytest.MonkeyPatch) -> Callable[..., BroadcastExchange]:
+    def make(
+        size: int, numels: Sequence[int], owners: Sequence[int], cap: Optional[int] = None
+    ) -> BroadcastExchange:
+        group: Any = object()
+        monkeypatch.setattr(dist, "get_world_size", {group: size}.__getitem__)
+        kwargs = {} if cap is None else {"bucket_bytes": cap}
+        return BroadcastExchange(numels, owners, group, 4, **kwargs)
+
+    return make
 
 
-@pytest.mark.parametrize("cap,n_buckets", [(1, 4), (360, 3), (2**20, 1)])
-def test_buckets_on_their_way_at_the_same_time_do_not_mix(
-    cap: int, n_buckets: int, one_rank: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cap", [1, 64, 128, 2**20])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_results_of_a_broadcast_have_a_place_each_within_the_cap(
+    size: int, cap: int, broadcast: Callable[..., BroadcastExchange]
 ):
-    reference, model = MixedShapes(), MixedShapes()
-    train(reference, MuonConfig().build(reference), 0, 3)
-
-    exchanges: List[RowExchange] = []
-
-    def make_exchange(shapes: Any, costs: Any, group: Any, itemsize: int) -> RowExchange:
-        exchanges.append(RowExchange(shapes, costs, group, itemsize, bucket_bytes=cap))
-        return exchanges[-1]
-
-    monkeypatch.setattr(matrix_engine, "path_of", lambda param: (Path.rows, dist.group.WORLD))
-    monkeypatch.setattr(matrix_engine, "RowExchange", make_exchange)
-    train(model, MuonConfig().build(model), 0, 3)
-    assert [len(exchange.buckets) for exchange in exchanges] == [n_buckets]
-    for name, weight in weights(reference).items():
-        assert torch.equal(model.get_parameter(name), weight), name
-
-
-# Paths
-
-
-def test_a_plain_tensor_is_local():
-    assert path_of(torch.zeros(4, 4)) == (Path.local, None)
-    assert path_of(torch.nn.Parameter(torch.zeros(4, 4))) == (Path.local, None)
+    numels = [5, 1, 8, 0, 3, 3, 2, 4]
+    owners = [(3 * i) % size for i in range(len(numels))]
+    exchange = broadcast(size, numels, owners, cap)
+    seen: List[int] = []
+    for bucket in exchange.buckets:
+        n = sum(numels[i] for items in bucket for i in items)
+        assert 4 * n <= cap or any(4 * numels[i] > cap // size for items in bucket for i in items)
+        buffer = torch.zeros(n)
+        results = exchange.results(bucket, buffer)
+        assert list(results) == [i for items in bucket for i in items]
+        for i, result in results.items():
+            assert result.shape == (numels[i],)
+            result += 1
+        assert torch.equal(buffer, torch.ones(n))
+        seen += results
+        for owner, items in enumerate(bucket):
+            assert all(owners[i] == owner for i in items)
+    assert sorted(seen) == list(range(len(numels)))
+    assert cap < 2**20 or len(exchange.buckets) == 1
 
 
-@pytest.fixture
-def fake_ranks() -> Iterator[None]:
-    """Rank 0 of four, of which the others do not exist."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    yield
-    dist.destroy_process_group()
-
-
-R, S0, S1 = Replicate(), Shard(0), Shard(1)
-
-
-@pytest.mark.parametrize(
-    "grid,placements,path,group_dim",
-    [
-        ((4,), [S0], Path.rows, 0),
-        ((4,), [R], Path.local, None),
-        ((4,), [S1], Path.redistribute, None),
-        ((2, 2), [R, S0], Path.rows, 1),
-        ((2, 2), [S0, R], Path.rows, 0),
-        ((2, 2), [R, R], Path.local, None),
-        ((2, 2), [S0, S0], Path.redistribute, None),
-        ((2, 2), [S0, S1], Path.redistribute, None),
-        ((2, 2), [R, S1], Path.redistribute, None),
-        ((2, 2), [Partial(), S0], Path.redistribute, None),
-        ((2, 2), [R, _StridedShard(0, split_factor=2)], Path.redistribute, None),
-        ((4, 1), [S0, S1], Path.rows, 0),
-        ((1, 4), [S0, S0], Path.rows, 1),
-        ((4, 1), [R, S0], Path.local, None),
-    ],
-    ids=str,
-)
-def test_path_is_read_from_mesh_and_placements(
-    grid: Tuple[int, ...],
-    placements: List[Placement],
-    path: Path,
-    group_dim: Optional[int],
-    fake_ranks: None,
-):
-    names = ("outer", "inner")[: len(grid)]
-    mesh = init_device_mesh("cpu", grid, mesh_dim_names=names)
-    param = DTensor.from_local(
-        torch.zeros(8, 8),
-        mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size((8, 8)),
-        stride=(8, 1),
-    )
-    group = None if group_dim is None else mesh.get_group(group_dim)
-    assert path_of(param) == (path, group)
-
-
-def test_only_matrices_are_exchanged_by_rows(fake_ranks: None):
-    mesh = init_device_mesh("cpu", (4,))
-    vector = DTensor.from_local(torch.zeros(2), mesh, [S0], run_check=False)
-    assert path_of(vector) == (Path.redistribute, None)
+def test_results_of_all_owners_reach_all_ranks(passed_on_ranks: Callable[[str], Path]):
+    passed_on_ranks("results_of_all_owners_reach_all_ranks")

@@ -90,6 +90,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert [row["step"] for row in rows] == list(range(1, 19))
     assert [row["stage"] for row in rows] == ["one"] * 12 + ["two"] * 6
     assert [row["tokens"] for row in rows] == [256 * step for step in range(1, 19)]
+    assert {row["train/CE loss not finite"] for row in rows} == {0.0}
     evaluated = [row["step"] for row in rows if "eval/validation/first/BPB" in row]
     assert evaluated == [4, 8, 12, 16, 18]
     roles = {row["name"]: row for row in json.loads((uninterrupted / "roles.json").read_text())}

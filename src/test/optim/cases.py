@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from olmo_optim_ext import (
     AdamWConfig,
+    CautiousAdamWConfig,
     LRScaling,
     MuonConfig,
     NAdamWConfig,
@@ -165,6 +166,26 @@ def _algoperf_nadamw(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, to
     return out
 
 
+def _cautious_adamw(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+    """The authors' rule in float64, written out for one step at a time."""
+    beta1, beta2 = 0.9, 0.99
+    out = {}
+    for name, initial in start.items():
+        p = initial.double()
+        m = v = torch.zeros_like(p)
+        for step in range(steps):
+            lr, t = 0.01 * (1.0 - 0.01 * step), step + 1
+            g = grads_at(step, MixedShapes())[name].double()
+            m = m + (1 - beta1) * (g - m)
+            v = beta2 * v + (1 - beta2) * g**2
+            mask = (m * g > 0).double()
+            mask = mask / mask.mean().clamp(min=1e-3)
+            p = p - lr * 0.1 * p
+            p = p - lr * mask * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + 1e-6)
+        out[name] = p
+    return out
+
+
 def _muon_oracle(adjust_lr_fn: Optional[str], nesterov: bool) -> Oracle:
     """
     ``torch.optim.Muon`` and ``torch.optim.AdamW``, with an exact polar factor in place of torch's
@@ -231,7 +252,18 @@ _MUON: Dict[str, Any] = dict(
     adamw_eps=1e-7,
     adamw_weight_decay=0.05,
 )
+_BAD_ENGINE: List[Dict[str, Any]] = [
+    {"compile": "false"},
+    {"skip_step": 1},
+    {"rolling_interval_length": 1},
+    {"rolling_interval_length": 1025},
+    {"sigma_factor": 0},
+    {"state_dtype": "float16"},
+    {"seed": -1},
+    {"cautious_weight_decay": "yes"},
+]
 _BAD_ADAM_LIKE: List[Dict[str, Any]] = [
+    *_BAD_ENGINE,
     {"lr": -1.0},
     {"lr": math.nan},
     {"lr": True},
@@ -241,7 +273,6 @@ _BAD_ADAM_LIKE: List[Dict[str, Any]] = [
     {"eps": -1e-8},
     {"weight_decay": -0.1},
     {"weight_decay": math.inf},
-    {"compile": "false"},
 ]
 
 CASES: Dict[str, Case] = {
@@ -281,6 +312,14 @@ CASES: Dict[str, Case] = {
         fast_lr=0.05,
         state_bytes={"": 8},
     ),
+    "cautious_adamw": Case(
+        config=CautiousAdamWConfig(**_ADAM_LIKE),
+        oracles=[(CautiousAdamWConfig(**_ADAM_LIKE), _cautious_adamw, 2e-6)],
+        bad_fields=[*_BAD_ADAM_LIKE, {"mask_eps": 0.0}],
+        bitwise=True,
+        fast_lr=0.05,
+        state_bytes={"": 8},
+    ),
     "ext_muon": Case(
         config=MuonConfig(**_MUON),
         oracles=[
@@ -299,6 +338,7 @@ CASES: Dict[str, Case] = {
             for nesterov in (True, False)
         ],
         bad_fields=[
+            *_BAD_ENGINE,
             {"lr": -1.0},
             {"momentum": 1.0},
             {"momentum": -0.1},

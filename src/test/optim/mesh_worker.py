@@ -1,62 +1,44 @@
 """
 What each rank of the mesh tests runs, as a script under torchrun: one group of processes serves
-all names and meshes.
+all names, models and meshes.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from cases import CASES, STEPS, MixedShapes, grads_at, set_lr
+from cases import STEPS, grads_at, set_lr
+from cases import train as train_alone
+from memory import peak_bytes
+from models import ExpertShapes, LargeShapes
 from olmo_core.distributed.checkpoint import (
     load_model_and_optim_state,
     save_model_and_optim_state,
 )
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from variants import BROKEN, VARIANTS, Variant
 
-from olmo_optim_ext import list_optimizers
+from olmo_optim_ext import Muon, MuonConfig
+from olmo_optim_ext.engine.matrix import MatrixOptimizer
 
+Sharding = Callable[[Any], Any]
 
-def train(model: nn.Module, optim: torch.optim.Optimizer, first: int, last: int) -> None:
-    for step in range(first, last):
-        set_lr(optim, step)
-        grads = grads_at(step, MixedShapes())
-        for name, param in model.named_parameters():
-            assert isinstance(param, DTensor)
-            grad = distribute_tensor(grads[name], param.device_mesh, param.placements)
-            param.grad = grad
-        optim.step()
-        optim.zero_grad()
-
-
-def whole_weights(model: nn.Module) -> Dict[str, torch.Tensor]:
-    out = {}
-    for name, param in model.named_parameters():
-        assert isinstance(param, DTensor)
-        out[name] = param.full_tensor().detach().clone()
-    return out
-
-
-def assert_replicas_are_equal(model: nn.Module, grid: DeviceMesh) -> None:
-    group = grid.get_group("replicate")
-    for name, param in model.named_parameters():
-        assert isinstance(param, DTensor)
-        mine = param.to_local().detach().contiguous()
-        theirs = [torch.empty_like(mine) for _ in range(grid.size(0))]
-        dist.all_gather(theirs, mine, group=group)
-        assert all(torch.equal(each, mine) for each in theirs), name
-
-
-def save(path: Path, tensors: Dict[str, torch.Tensor]) -> None:
-    if dist.get_rank() == 0:
-        torch.save(tensors, path)
-    dist.barrier()
+LATER = STEPS - 5
+"""When four ranks save, for one to continue."""
 
 
 def by_columns(param: nn.Parameter):
@@ -64,37 +46,261 @@ def by_columns(param: nn.Parameter):
     return Shard(1) if param.ndim == 2 and param.shape[1] % 4 == 0 else Shard(0)
 
 
+def tensor_parallel(model: nn.Module, grid: DeviceMesh) -> Any:
+    """Uneven strided shards, both dimensions sharded, and layers that are only FSDP's."""
+    plan = {
+        "embeddings": RowwiseParallel(),
+        "square": ColwiseParallel(),
+        "tall": ColwiseParallel(),
+        "wide": RowwiseParallel(),
+    }
+    parallelize_module(model, grid["tp"], plan)
+    return fully_shard(model, mesh=grid["dp"])
+
+
+def expert_parallel(model: Any, grid: DeviceMesh) -> Any:
+    """Experts over one dimension, what each rank has of them over the other."""
+    for layer in (model.dropless, model.with_capacity):
+        layer.apply_ep(grid["tp"])
+    return fully_shard(model, mesh=grid["dp"])
+
+
+def meshes(model: type) -> Dict[str, Sharding]:
+    """All the ways to share a model that this number of ranks has."""
+    size = dist.get_world_size()
+    flat = init_device_mesh("cpu", (size,), mesh_dim_names=("dp",))
+    out: Dict[str, Sharding] = {
+        f"fsdp{size}": lambda m: fully_shard(m, mesh=flat),
+        f"ddp{size}": DistributedDataParallel,
+    }
+    if size == 4:
+        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        out["hsdp2x2"] = lambda m: fully_shard(m, mesh=grid)
+        out["replicate4"] = lambda m: replicate(m, device_mesh=flat)
+        if model is ExpertShapes:
+            out["ep2xfsdp2"] = lambda m: expert_parallel(m, grid)
+        else:
+            out["columns4"] = lambda m: fully_shard(m, mesh=flat, shard_placement_fn=by_columns)
+            out["tp2xfsdp2"] = lambda m: tensor_parallel(m, grid)
+    elif model is ExpertShapes:
+        ep = init_device_mesh("cpu", (size,), mesh_dim_names=("ep",))
+
+        def experts_only(m: Any) -> Any:
+            for layer in (m.dropless, m.with_capacity):
+                layer.apply_ep(ep)
+            return m
+
+        out["ep2"] = experts_only
+    return out
+
+
+def named(model: nn.Module) -> Dict[str, nn.Parameter]:
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    return dict(model.named_parameters())
+
+
+def places(kind: Callable[[int], nn.Module], shard: Sharding) -> Dict[str, torch.Tensor]:
+    """For each parameter the places in the whole of the elements that this rank has."""
+    model = kind(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.arange(param.numel()).view(param.shape))
+    params = named(shard(model))
+    return {
+        name: (p.to_local() if isinstance(p, DTensor) else p).detach().long()
+        for name, p in params.items()
+    }
+
+
+def sharded_like(param: nn.Parameter, whole: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    local = whole.reshape(-1)[at]
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
+def train(
+    model: nn.Module,
+    optim: torch.optim.Optimizer,
+    whole: nn.Module,
+    at: Dict[str, torch.Tensor],
+    first: int,
+    last: int,
+) -> None:
+    for step in range(first, last):
+        set_lr(optim, step)
+        grads = grads_at(step, whole)
+        for name, param in named(model).items():
+            param.grad = sharded_like(param, grads[name], at[name])
+        optim.step()
+        optim.zero_grad()
+
+
+def whole_weights(model: nn.Module, at: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Every rank writes what it has to its places, rank by rank: replicas must agree bitwise."""
+    out = {}
+    for name, param in named(model).items():
+        local = (param.to_local() if isinstance(param, DTensor) else param).detach()
+        parts: List[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (at[name].reshape(-1), local.reshape(-1)))
+        flat = torch.full((param.numel(),), torch.nan)
+        for index, values in parts:
+            known = ~flat[index].isnan()
+            assert torch.equal(flat[index][known], values[known]), f"replicas of {name} differ"
+            flat[index] = values
+        assert not flat.isnan().any(), name
+        out[name] = flat.view(param.shape)
+    return out
+
+
+def save(path: Path, value: Any) -> None:
+    if dist.get_rank() == 0:
+        torch.save(value, path)
+    dist.barrier()
+
+
+def run(variant: Variant, shard: Sharding, path: Path) -> None:
+    kind = variant.model
+    model, at = shard(kind(0)), places(kind, shard)
+    optim = variant.config.build(model)
+    train(model, optim, kind(0), at, 0, STEPS)
+    if isinstance(optim, MatrixOptimizer):
+        paths = {name: (str(p), owners) for name, (p, owners) in optim.placements().items()}
+        save(path.with_suffix(".paths"), paths)
+    save(path, whole_weights(model, at))
+
+
+def run_alone(variant: Variant, path: Path) -> None:
+    """The reference: one process, plain tensors. Start and end."""
+    model = variant.model(0)
+    start = {name: param.detach().clone() for name, param in named(model).items()}
+    train_alone(model, variant.config.build(model), 0, STEPS)
+    save(path, {"start": start, "end": {n: p.detach() for n, p in named(model).items()}})
+
+
+def resume(variant: Variant, folder: Path) -> None:
+    """On two ranks the first and the last half of a run; on four the last half of both."""
+    name, kind, config, *_ = variant
+
+    def start(label: str, seed: int) -> Tuple[nn.Module, Any, Dict[str, torch.Tensor]]:
+        shard = meshes(kind)[label]
+        model, at = shard(kind(seed)), places(kind, shard)
+        return model, config.build(model), at
+
+    def finish(label: str, checkpoint: Path, to: Path, save_at: int = STEPS) -> None:
+        model, optim, at = start(label, seed=1)
+        load_model_and_optim_state(checkpoint, model, optim, flatten_optimizer_state=True)
+        train(model, optim, kind(0), at, STEPS // 2, save_at)
+        if save_at < STEPS:
+            where = folder / f"{name}-{label}-later"
+            save_model_and_optim_state(where, model, optim, flatten_optimizer_state=True)
+            train(model, optim, kind(0), at, save_at, STEPS)
+        save(to, whole_weights(model, at))
+
+    if dist.get_world_size() == 2:
+        finish("fsdp2", folder / f"{name}-from1", folder / f"{name}-1tofsdp2.pt")
+        model, optim, at = start("fsdp2", seed=0)
+        train(model, optim, kind(0), at, 0, STEPS // 2)
+        checkpoint = folder / f"{name}-from2"
+        save_model_and_optim_state(checkpoint, model, optim, flatten_optimizer_state=True)
+    else:
+        for label in ("fsdp4", "hsdp2x2"):
+            checkpoint = folder / f"{name}-from2"
+            finish(label, checkpoint, folder / f"{name}-2to{label}.pt", save_at=LATER)
+
+
+def count(folder: Path) -> None:
+    """What a rank sends in a step of Muon, and which matrices it orthogonalises."""
+    sent, computed = 0, []
+    all_to_all, rank = dist.all_to_all_single, dist.get_rank()
+
+    def counting(
+        output: Any, input: Any, output_splits: Any, input_splits: Any, **kwargs: Any
+    ) -> Any:
+        nonlocal sent
+        others = sum(n for i, n in enumerate(input_splits) if i != rank)
+        sent += others * input.itemsize
+        return all_to_all(output, input, output_splits, input_splits, **kwargs)
+
+    kind = LargeShapes
+    shard = meshes(kind)["fsdp4"]
+    model, at = shard(kind(0)), places(kind, shard)
+    optim = MuonConfig().build(model)
+    on_owner = optim.on_owner
+
+    def noting(group, owned):
+        computed.extend(owned.names)
+        return on_owner(group, owned)
+
+    optim.on_owner = noting  # type: ignore[method-assign]
+    dist.all_to_all_single = counting  # type: ignore[assignment]
+    train(model, optim, kind(0), at, 0, 1)
+    dist.all_to_all_single = all_to_all
+    parts: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (sent, computed))
+    if rank == 0:
+        (folder / "counts.json").write_text(json.dumps(parts))
+
+
+def measure(folder: Path) -> None:
+    """What a step of Muon allocates, with several buckets."""
+    model = meshes(LargeShapes)["fsdp4"](LargeShapes(width=128))
+    largest = max(param.numel() * 4 for param in model.parameters())
+    bucket = 2 * largest
+
+    class SmallBuckets(Muon):
+        bucket_bytes = bucket
+
+    class SmallBucketsConfig(MuonConfig):
+        @classmethod
+        def optimizer(cls):
+            return SmallBuckets
+
+    optim = SmallBucketsConfig().build(model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optim.step()
+    # The least of some: a thread of gloo's may hold the buffers of a finished transfer for a while.
+    peak = min(peak_bytes(optim.step) for _ in range(5))
+    sizes = [len(exchange.buckets) for exchange in optim._exchanges.values()]
+    parts: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (peak, largest, bucket, sizes))
+    if dist.get_rank() == 0:
+        (folder / "memory.json").write_text(json.dumps(parts))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    world_size = dist.get_world_size()
-    flat = init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
-    shardings: Dict[str, Dict[str, Any]] = {f"fsdp{world_size}": dict(mesh=flat)}
-    if world_size == 4:
-        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        shardings["hsdp2x2"] = dict(mesh=grid)
-        shardings["columns4"] = dict(mesh=flat, shard_placement_fn=by_columns)
-
-    for name in list_optimizers():
-        for label, sharding in shardings.items():
-            model = fully_shard(MixedShapes(), **sharding)
-            optim = CASES[name].config.build(model)
-            train(model, optim, 0, STEPS)
-            if label == "hsdp2x2":
-                assert_replicas_are_equal(model, grid)
-            save(folder / f"{name}-{label}.pt", whole_weights(model))
-        checkpoint = folder / f"{name}-checkpoint"
-        if world_size == 2:
-            model = fully_shard(MixedShapes(), mesh=flat)
-            optim = CASES[name].config.build(model)
-            train(model, optim, 0, STEPS // 2)
-            save_model_and_optim_state(checkpoint, model, optim, flatten_optimizer_state=True)
-        else:
-            model = fully_shard(MixedShapes(seed=1), mesh=flat)
-            optim = CASES[name].config.build(model)
-            load_model_and_optim_state(checkpoint, model, optim, flatten_optimizer_state=True)
-            train(model, optim, STEPS // 2, STEPS)
-            save(folder / f"{name}-resumed4.pt", whole_weights(model))
+    done: List[Tuple[str, str, bool]] = []
+    for variant in VARIANTS:
+        if dist.get_world_size() == 2:
+            run_alone(variant, folder / f"{variant.name}-alone.pt")
+        for label, shard in meshes(variant.model).items():
+            run(variant, shard, folder / f"{variant.name}-{label}.pt")
+            done.append((variant.name, label, variant.bitwise))
+        if variant.resumes:
+            resume(variant, folder)
+            ways = ["1tofsdp2"] if dist.get_world_size() == 2 else ["2tofsdp4", "2tohsdp2x2"]
+            done += [(variant.name, way, variant.bitwise) for way in ways]
+    for variant in BROKEN:
+        label = f"fsdp{dist.get_world_size()}"
+        run(variant, meshes(variant.model)[label], folder / f"{variant.name}-{label}.pt")
+    if dist.get_world_size() == 4:
+        count(folder)
+        measure(folder)
+    if dist.get_rank() == 0:
+        path = folder / f"done{dist.get_world_size()}.json"
+        path.write_text(json.dumps(done))
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,0 +1,317 @@
+"""
+What the bench reports. No test looks at how fast anything is.
+"""
+
+import io
+import json
+import os
+import re
+import statistics
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Dict, Tuple
+
+import pytest
+import torch
+from olmo_core.exceptions import OLMoConfigurationError
+from rich.console import Console
+
+from olmo_optim_ext import bench, cli, list_optimizers
+from olmo_optim_ext.bench import (
+    FOREACH,
+    FUSED,
+    TORCH_MUON,
+    BenchResult,
+    Quartiles,
+    limit_seconds,
+    ratios,
+    run_bench,
+    to_json,
+    to_table,
+)
+from olmo_optim_ext.linalg.polar import newton_schulz_flops
+
+TINY: Dict[str, Any] = dict(
+    model="olmo2_1M", n_layers=1, vocab_size=64, rounds=2, warmup=1, min_side=12, probe_bytes=4096
+)
+
+
+@pytest.fixture(scope="module")
+def result() -> BenchResult:
+    return run_bench(["ext_adamw", "muon"], compile=False, **TINY)
+
+
+# Arithmetic
+
+
+def test_ratios_are_taken_within_a_round():
+    # The ratio of the medians would be 1; and 1 too, were rounds paired in another order.
+    assert ratios([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == Quartiles(2, 2, 2)
+    assert ratios([1.0, 6.0, 5.0, 2.0, 12.0], [1.0, 2.0, 1.0, 1.0, 3.0]) == Quartiles(2, 3, 4)
+
+
+def test_ratios_of_different_rounds_are_refused():
+    with pytest.raises(ValueError, match="3 and 2 rounds"):
+        ratios([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_the_limit_is_memory_and_then_products():
+    assert limit_seconds(600, 0.0, [100.0, 200.0], [1.0, 1.0]) == [6.0, 3.0]
+    assert limit_seconds(600, 80.0, [100.0, 200.0], [10.0, 20.0]) == [14.0, 7.0]
+
+
+# Result
+
+
+def test_every_contestant_has_a_row(result: BenchResult):
+    rows = [(row.name, row.mode, set(row.versus)) for row in result.steps]
+    assert rows == [
+        ("ext_adamw", "eager", {FUSED, FOREACH}),
+        ("ext_muon", "eager", {FUSED, TORCH_MUON}),
+        (FUSED, "", {TORCH_MUON}),
+        (FOREACH, "", {FUSED}),
+        (TORCH_MUON, "", {FUSED}),
+    ]
+    for row in result.steps:
+        assert len(row.times) == TINY["rounds"]
+        assert row.seconds.median == pytest.approx(statistics.median(row.times))
+        assert 0 < row.share_of_limit.lower <= row.share_of_limit.upper
+    assert result.settings["rounds"] == 2 and result.machine["torch"] == torch.__version__
+
+
+def test_ratios_are_those_of_the_recorded_times(result: BenchResult):
+    # Torch's rows of the last optimizer share its rounds.
+    rows = {row.name: row for row in result.steps}
+    assert rows["ext_muon"].versus[TORCH_MUON] == ratios(
+        rows["ext_muon"].times, rows[TORCH_MUON].times
+    )
+
+
+def test_bytes_and_flops_follow_from_the_model(result: BenchResult):
+    rows = {row.name: row for row in result.steps}
+    n = result.model["parameters"]
+    assert sum(_numel(s) * k for s, k in result.model["shapes"].items()) == n
+    tensors = result.model["tensors"]
+    # AdamW reads p, g, m, v and writes p, m, v; step counters and the gate are small change.
+    assert rows[FOREACH].bytes_moved == 7 * 4 * n + 2 * 4 * tensors
+    assert 0 <= rows["ext_adamw"].bytes_moved - rows[FOREACH].bytes_moved <= 2**15
+    matrices = {s: k for s, k in result.model["shapes"].items() if "x" in s and "64" not in s}
+    flops = sum(newton_schulz_flops(*map(int, s.split("x"))) * k for s, k in matrices.items())
+    assert flops > 0
+    assert rows["ext_muon"].flops == rows[TORCH_MUON].flops == flops
+    assert rows["ext_adamw"].flops == rows[FUSED].flops == 0
+    # One buffer for a matrix instead of two, and no counter.
+    saved = 2 * 4 * sum((_numel(s) + 1) * k for s, k in matrices.items())
+    assert rows[TORCH_MUON].bytes_moved == rows[FOREACH].bytes_moved - saved
+
+
+def _numel(shape: str) -> int:
+    return int(torch.Size(map(int, shape.split("x"))).numel())
+
+
+def test_shares_are_the_least_time_over_the_time(monkeypatch):
+    def seconds(contestant: Any, device: torch.device) -> float:
+        contestant.prepare()
+        contestant.run()
+        return {bench._Bandwidth: 1.0, bench._Gemm: 2.0, bench._Steps: 4.0}.get(
+            type(contestant), 8.0
+        )
+
+    monkeypatch.setattr(bench, "_seconds", seconds)
+    result = run_bench(["ext_muon"], compile=False, **TINY)
+    row, alone = result.steps[0], result.newton_schulz[0]
+    bandwidth = 5 * TINY["probe_bytes"]
+    rate = 4 * 2 * 1024**3 / 2.0
+    assert result.bandwidth.median == bandwidth and result.gemm.median == rate
+    assert row.share_of_limit.median == pytest.approx(
+        (row.bytes_moved / bandwidth + row.flops / rate) / 4.0
+    )
+    assert alone.share_of_gemm.median == pytest.approx(alone.flops / 8.0 / rate)
+
+
+def test_newton_schulz_is_timed_once_for_each_shape_of_a_matrix(result: BenchResult):
+    shapes = [(each.rows, each.cols) for each in result.newton_schulz]
+    matrices = {s for s in result.model["shapes"] if "x" in s and "64" not in s}
+    expected = sorted(tuple(map(int, s.split("x"))) for s in matrices)
+    assert shapes == [shape for shape in expected if min(shape) >= TINY["min_side"]] != []
+    for each in result.newton_schulz:
+        assert each.flops == newton_schulz_flops(each.rows, each.cols)
+
+
+def test_json_holds_the_whole_result(result: BenchResult):
+    assert json.loads(to_json(result)) == _with_lists(asdict(result))
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_lists(each) for key, each in value.items()}
+    return [_with_lists(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_the_table_names_everything_in_80_columns(result: BenchResult):
+    text = _printed(result)
+    for row in result.steps:
+        line = next(x for x in text.splitlines() if x.split()[:1] == row.name.split()[:1])
+        assert f"{row.seconds.median * 1e3:.1f}" in line
+    for each in result.newton_schulz:
+        assert f"{each.rows}x{each.cols}" in text
+    assert "No GPU was measured" in text
+
+
+def test_the_table_shows_ratios_and_compilations(result: BenchResult):
+    row = replace(
+        result.steps[0],
+        mode="compiled",
+        compilations={"update": 1, "sums": 2},
+        versus={FUSED: Quartiles(1.25, 1.5, 1.75), FOREACH: Quartiles(0.1, 0.2, 0.3)},
+        share_of_limit=Quartiles(0.7, 0.8, 0.9),
+        seconds=Quartiles(0.001, 0.002, 0.003),
+    )
+    line = next(x for x in _printed(replace(result, steps=[row])).splitlines() if "ext" in x)
+    assert line.split() == ("ext_adamw compiled 2.0 1.5 1.25-1.75 0.2 0.1-0.3 80% 1+2".split())
+
+
+def _printed(result: BenchResult) -> str:
+    text = io.StringIO()
+    Console(width=80, file=text).print(to_table(result))
+    return text.getvalue()
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_of_the_catalogue_runs(name: str):
+    rows = run_bench([name], compile=False, **TINY).steps
+    assert rows[0].name == name
+
+
+def test_a_compiled_rule_is_compiled_once_for_all_shapes():
+    # What the first has compiled must neither serve the second nor count for it.
+    for row in run_bench(["ext_adamw", "ext_muon"], **TINY).steps[1:4:2]:
+        assert row.mode == "compiled"
+        assert row.compilations is not None and list(row.compilations.values()) == [1]
+
+
+def test_compilations_are_counted_by_function():
+    torch._dynamo.reset()
+    bench.dynamo_utils.clear_compilation_metrics()
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    compiled = torch.compile(twice, backend="eager", dynamic=False)
+    for n in (3, 4, 4):
+        compiled(torch.ones(n))
+    assert bench._compilations() == {"twice": 2}
+
+
+def test_the_gate_is_fed_and_skips_nothing():
+    torch.manual_seed(0)
+    model = bench._Model(bench._model_config("olmo2_1M", 1, 64), torch.device("cpu"))
+    copy = model.copy()
+    steps = bench._Steps(bench._ours(bench.optimizer_info("ext_adamw"), copy, compiled=False))
+    weight = next(copy.parameters())
+    for _ in range(200):  # longer than the window over which spikes are judged
+        before = weight.clone()
+        steps.prepare()
+        steps.run()
+        assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("load,busy", [((2.25, 0.0, 0.0), True), ((0.1, 3.0, 3.0), False)])
+def test_a_busy_machine_is_noted(load: Tuple[float, ...], busy: bool, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: load)
+    notes = run_bench(["ext_adamw"], compile=False, **TINY).notes
+    assert any("a load of 2.2" in note for note in notes) == busy
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    result = run_bench(["ext_adamw"], compile=False, threads=before + 1, **TINY)
+    assert result.machine["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"names": ["sopa"]}, "names: there is no optimizer 'sopa'"),
+        ({"rounds": 1}, "rounds: 1 .* >= 2"),
+        ({"warmup": 0}, "warmup: 0 .* >= 1"),
+        ({"threads": 0}, "threads: 0 .* >= 1"),
+        ({"n_layers": 0}, "layers: 0 .* >= 1"),
+        ({"model": "olmo9"}, "model: .*'olmo9'"),
+        ({"model": "llama_like"}, "model: .*'llama_like'"),
+        ({"device": "abacus"}, "device: 'abacus' .*cpu"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(arguments: Dict[str, Any], message: str):
+    with pytest.raises(OLMoConfigurationError, match=message):
+        run_bench(**{"names": ["ext_adamw"], "compile": False, **TINY, **arguments})
+
+
+@pytest.fixture
+def needy(monkeypatch):
+    """An optimizer that needs a Hessian, beside one that does not."""
+    adamw = bench.optimizer_info("ext_adamw")
+    infos = {"needy": replace(adamw, needs=("hessian",)), "ext_adamw": adamw}
+    monkeypatch.setattr(bench, "optimizer_info", infos.__getitem__)
+    monkeypatch.setattr(bench, "list_optimizers", lambda: list(infos))
+
+
+def test_what_cannot_step_alone_is_left_out(needy):
+    result = run_bench(compile=False, **TINY)
+    assert [row.name for row in result.steps if row.mode] == ["ext_adamw"]
+    assert "needy was left out: it cannot step without its hessian." in result.notes
+
+
+def test_what_cannot_step_alone_is_refused_by_name(needy):
+    with pytest.raises(OLMoConfigurationError, match="names: 'needy' .*hessian"):
+        run_bench(["needy"], **TINY)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*arguments: str):
+        monkeypatch.setattr(sys, "argv", ["olmo-optim", "bench", *arguments])
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(bench, "run_bench", partial(run_bench, probe_bytes=4096))
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_the_command_prints_and_saves(call, tmp_path):
+    output = tmp_path / "new" / "bench.json"
+    arguments = "adamw --model olmo2_1M --layers 1 --vocab-size 64 --steps 2 --no-compile"
+    code, out, _ = call(*arguments.split(), "--output", str(output))
+    assert code == 0
+    assert "ext_adamw" in out and str(output) in out.replace("\n", "")
+    saved = json.loads(output.read_text())
+    assert [row["name"] for row in saved["steps"]] == ["ext_adamw", FUSED, FOREACH]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["sopa"], "names: there is no optimizer 'sopa'"),
+        (["adamw", "--rounds", "1"], "--rounds"),
+        (["adamw", "--model", "olmo9"], "model: .*olmo9"),
+        (["adamw", "--device", "abacus"], "device: 'abacus'"),
+        (["adamw", "--output", "/proc/nothing/b.json"], "output: /proc/nothing/b.json cannot"),
+        (["adamw", "--output", "{tmp}"], "output: .* cannot be written"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, call, tmp_path):
+    output = [] if "--output" in arguments else ["--output", str(tmp_path / "b.json")]
+    code, out, err = call(*(each.format(tmp=tmp_path) for each in arguments), *output)
+    assert code == 2
+    assert re.search(message, out + err)
+    assert len((out + err).strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

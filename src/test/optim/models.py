@@ -1,0 +1,50 @@
+"""
+Models for the mesh tests beside the one of all contracts.
+"""
+
+import torch
+import torch.nn as nn
+from olmo_core.nn.moe.mlp import DroplessMoEMLP, MoEMLP
+
+
+class ExpertShapes(nn.Module):
+    """
+    Stacks of six experts, stored ``(out, in)`` and ``(in, out)``; four shards cut experts in two.
+    """
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.dropless = DroplessMoEMLP(d_model=4, hidden_size=5, num_experts=6)
+        self.with_capacity = MoEMLP(d_model=4, hidden_size=5, num_experts=6)
+        self.norm = nn.LayerNorm(8)
+        _fill(self, seed)
+
+
+class LargeShapes(nn.Module):
+    """Matrices of the proportions of a small transformer, for counts of bytes."""
+
+    def __init__(self, seed: int = 0, width: int = 32, layers: int = 3):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "q": nn.Linear(width, width, bias=False),
+                    "k": nn.Linear(width, width, bias=False),
+                    "v": nn.Linear(width, width, bias=False),
+                    "out": nn.Linear(width, width, bias=False),
+                    "gate": nn.Linear(width, 4 * width, bias=False),
+                    "up": nn.Linear(width, 4 * width, bias=False),
+                    "down": nn.Linear(4 * width, width, bias=False),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        _fill(self, seed)
+
+
+def _fill(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.2)
