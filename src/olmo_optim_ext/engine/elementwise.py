@@ -15,6 +15,7 @@ from typing import (
     Any,
     Callable,
     ClassVar,
+    Dict,
     List,
     Mapping,
     NamedTuple,
@@ -113,6 +114,26 @@ class _Job(NamedTuple):
     """Whether this rank has all of it."""
 
 
+class _Call(NamedTuple):
+    """What is given for one parameter to the function that updates it."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    buffers: List[torch.Tensor]
+    scalars: torch.Tensor
+    """The decay factor and the rule's scalars, ``(1 + k,)``."""
+    rounding: Optional[Rounding]
+
+    def kind(self) -> Tuple[Any, ...]:
+        """What a compiled kernel is made for."""
+        places = None if self.rounding is None else self.rounding.places.ndim
+        return (
+            self.param.device,
+            *(x.dtype for x in (self.param, self.grad, *self.buffers)),
+            places,
+        )
+
+
 def apply_rule(
     rule: ElementwiseRule,
     work: Sequence[GroupWork],
@@ -123,30 +144,32 @@ def apply_rule(
     """
     Update parameters and buffers in place, parameter by parameter.
 
+    :param work: Of one step.
     :param names: Of the parameters, for the random numbers of bfloat16 state.
     """
     jobs = [[_job(rule, member) for member in each.members] for each in work]
     scalars = [_scalars(rule, each) for each in work]
-    if rule.sums is not None and not all(job.whole for its_jobs in jobs for job in its_jobs):
-        scalars = _with_sums(rule.sums, work, jobs, scalars, compiled)
-        update = _compiled(rule, None) if compiled else _update_in_chunks
+    sums = rule.sums
+    if sums is not None and not all(job.whole for its_jobs in jobs for job in its_jobs):
+        scalars = _with_sums(sums, work, jobs, scalars, compiled)
         sums = None
-    else:
-        update = _compiled(rule, rule.sums) if compiled else _update_in_chunks
-        sums = rule.sums
-    for each, its_jobs, its_scalars in zip(work, jobs, scalars):
-        cautious_decay = bool(each.group["cautious_weight_decay"])
-        for job, its in zip(its_jobs, its_scalars):
-            if job.param.numel() == 0:
-                continue
-            rounding = rounding_of(job.member, job.buffers, names, each.group[CALLS], seed)
-            update(
-                *(rule.update, sums, job.param, job.grad, job.buffers, its),
-                *(each.proceed, cautious_decay, rounding),
+    for cautious_decay in (False, True):
+        calls = [
+            _Call(
+                *(job.param, job.grad, job.buffers, its),
+                rounding_of(job.member, job.buffers, names, each.group[CALLS], seed),
             )
-            if not job.member.param.is_contiguous():  # then the flat one may be a copy
-                local = get_local_tensor(job.member.param)
-                local.copy_(job.param.view(local.shape))
+            for each, its_jobs, its_scalars in zip(work, jobs, scalars)
+            if bool(each.group["cautious_weight_decay"]) == cautious_decay
+            for job, its in zip(its_jobs, its_scalars)
+            if job.param.numel() > 0
+        ]
+        update = _update_compiled if compiled else _update_in_chunks
+        update(rule, sums, calls, work[0].proceed, cautious_decay)
+    for job in (job for its_jobs in jobs for job in its_jobs):
+        if not job.member.param.is_contiguous():  # then the flat one may be a copy
+            local = get_local_tensor(job.member.param)
+            local.copy_(job.param.view(local.shape))
 
 
 def _job(rule: ElementwiseRule, member: Member) -> _Job:
@@ -173,7 +196,8 @@ def _scalars(rule: ElementwiseRule, each: GroupWork) -> List[torch.Tensor]:
         for value in values
     ]
     table = torch.stack([column.expand_as(each.clock) for column in columns], dim=1)
-    return [table[member.slot].detach() for member in each.members]
+    rows = table.detach().unbind()
+    return [rows[member.slot] for member in each.members]
 
 
 def _with_sums(
@@ -261,30 +285,105 @@ def _update_in_place(
 
 
 def _update_in_chunks(
+    rule: ElementwiseRule,
+    sums: Optional[WholeSums],
+    calls: Sequence[_Call],
+    proceed: Optional[torch.Tensor],
+    cautious_decay: bool,
+) -> None:
+    for param, grad, buffers, scalars, rounding in calls:
+        if sums is not None:
+            local = _sums_in_chunks(sums, param, grad, buffers, scalars)
+            scalars = _and_from_sums(sums, local, param.numel(), scalars)
+        for i, j in chunks(param):
+            _update_in_place(
+                *(rule.update, None, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars),
+                *(proceed, cautious_decay, some_of(rounding, i, j)),
+            )
+
+
+BATCH = 8
+"""
+Parameters for one call of a compiled function, which costs 30 microseconds whatever it does. More
+make the one compilation longer and gain little.
+"""
+
+
+def _update_batch(
     update: Update,
     sums: Optional[WholeSums],
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    buffers: Sequence[torch.Tensor],
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    buffers: Sequence[Sequence[torch.Tensor]],
     scalars: torch.Tensor,
     proceed: Optional[torch.Tensor],
     cautious_decay: bool,
-    rounding: Optional[Rounding],
+    roundings: Sequence[Optional[Rounding]],
 ) -> None:
-    if sums is not None:
-        local = _sums_in_chunks(sums, param, grad, buffers, scalars)
-        scalars = _and_from_sums(sums, local, param.numel(), scalars)
-    for i, j in chunks(param):
-        _update_in_place(
-            *(update, None, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars),
-            *(proceed, cautious_decay, some_of(rounding, i, j)),
+    for args in zip(params, grads, buffers, scalars.unbind(), roundings):
+        _update_in_place(update, sums, *args[:4], proceed, cautious_decay, args[4])
+
+
+def _update_compiled(
+    rule: ElementwiseRule,
+    sums: Optional[WholeSums],
+    calls: Sequence[_Call],
+    proceed: Optional[torch.Tensor],
+    cautious_decay: bool,
+) -> None:
+    compiled = _compiled(rule, sums)
+
+    def run(batch: Sequence[_Call]) -> None:
+        params, grads, buffers, scalars, roundings = zip(*batch)
+        # Stacked anew, because dynamo guards on what a tensor is a view of.
+        compiled.function(
+            *(rule.update, sums, params, grads, buffers, torch.stack(scalars)),
+            *(proceed, cautious_decay, roundings),
         )
+
+    # dynamo makes a kernel of its own for a length of 1; a shard of one element is not worth it.
+    single = [call for call in calls if call.param.numel() == 1]
+    _update_in_chunks(rule, sums, single, proceed, cautious_decay)
+    kinds: Dict[Any, List[_Call]] = {}
+    for call in calls:
+        if call.param.numel() > 1:
+            kinds.setdefault((call.kind(), proceed is None, cautious_decay), []).append(call)
+    for kind, some in kinds.items():
+        if kind not in compiled.padding:
+            # The first time with all lengths different: dynamo takes equal ones for the same.
+            run([_example(some[0], 17 + 2 * i) for i in range(BATCH)])
+            compiled.padding[kind] = [_example(some[0], 16) for _ in range(BATCH - 1)]
+        for begin in range(0, len(some), BATCH):
+            batch = some[begin : begin + BATCH]
+            run(batch + compiled.padding[kind][: BATCH - len(batch)])
+
+
+def _example(call: _Call, n: int) -> _Call:
+    """A call like the given one, for ``n`` elements that are nobody's."""
+    rounding = call.rounding
+    if rounding is not None:
+        places = rounding.places.new_zeros(n if rounding.places.ndim else ())
+        rounding = Rounding(rounding.keys.clone(), places)
+    return _Call(
+        call.param.new_ones(n),
+        call.grad.new_ones(n),
+        [buffer.new_ones(n) for buffer in call.buffers],
+        call.scalars.clone(),
+        rounding,
+    )
+
+
+@dataclass
+class _Compiled:
+    function: Callable[..., Any]
+    padding: Dict[Any, List[_Call]]
+    """By what it was compiled for: calls that fill up a batch."""
 
 
 @lru_cache(maxsize=None)
-def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> Callable[..., Any]:
+def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> _Compiled:
     what = "update" if sums is None else "sum_and_update"
-    return _compile(_update_in_place, f"{rule.update.__name__}_{what}")
+    return _Compiled(_compile(_update_batch, f"{rule.update.__name__}_{what}"), {})
 
 
 @lru_cache(maxsize=None)

@@ -12,7 +12,7 @@ from .random import random_bits, round_stochastically, stream
 
 __all__ = ["Rounding", "chunks", "rounding_of", "some_of", "write_state", "write_weights"]
 
-CHUNK = 2**16
+CHUNK = 2**17
 """
 Elements that an eager rule takes at a time on CPU: its temporaries stay in the cache, which makes
 it several times faster than whole parameters.

@@ -455,9 +455,9 @@ def test_compiled_sums_are_eager_and_one_kernel_serves_all_sizes(fresh_dynamo: N
 def test_rules_do_not_share_dynamos_limit_of_recompilations():
     # It is counted per code object, and what is above it runs eagerly.
     compiled: List[Any] = [
-        elementwise._compiled(x.rule, x.rule.sums) for x in (Follow, Share, AdamW, NAdamW)
+        elementwise._compiled(x.rule, x.rule.sums).function for x in (Follow, Share, AdamW, NAdamW)
     ]
-    compiled += [elementwise._compiled(Share.rule, None)]
+    compiled += [elementwise._compiled(Share.rule, None).function]
     compiled += [elementwise._compiled_sums(WholeSums(share_sums, share_more))]
     codes = [x._torchdynamo_orig_callable.__code__ for x in compiled]
     assert len(set(map(id, codes))) == 6

@@ -80,7 +80,7 @@ def close_keys() -> List[Tuple[int, int]]:
 
 
 def test_bits_of_two_keys_are_independent():
-    index = torch.arange(N)
+    index = torch.arange(N // 4)
     for first, second in close_keys():
         a, b = (random_bits(index, torch.tensor(key)) for key in (first, second))
         for shift in (0, 12, 28):
