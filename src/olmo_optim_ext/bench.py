@@ -43,6 +43,7 @@ from rich.table import Table
 from torch.optim.optimizer import Optimizer
 
 from .catalog import OptimizerInfo, closest, list_optimizers, optimizer_info
+from .engine.elementwise import forget_compiled
 from .engine.matrix import ALGORITHM, MatrixOptimizer
 from .linalg.polar import newton_schulz_flops, polar, uses_gram_form
 
@@ -414,6 +415,7 @@ def _bench_one(
     """
     # What an earlier optimizer compiled must not count for this one.
     torch._dynamo.reset()
+    forget_compiled()
     dynamo_utils.clear_compilation_metrics()
     steps: Dict[str, _Steps] = {}
     flops: Dict[str, float] = {}

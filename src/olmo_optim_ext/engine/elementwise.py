@@ -39,6 +39,7 @@ __all__ = [
     "WholeSums",
     "apply_rule",
     "bias_correction",
+    "forget_compiled",
 ]
 
 Scalar = Union[float, torch.Tensor]
@@ -384,6 +385,15 @@ class _Compiled:
 def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> _Compiled:
     what = "update" if sums is None else "sum_and_update"
     return _Compiled(_compile(_update_batch, f"{rule.update.__name__}_{what}"), {})
+
+
+def forget_compiled() -> None:
+    """
+    Compile all rules anew when they are next used. Belongs to :func:`torch._dynamo.reset`, after
+    which equal lengths would be taken for the same.
+    """
+    _compiled.cache_clear()
+    _compiled_sums.cache_clear()
 
 
 @lru_cache(maxsize=None)

@@ -362,8 +362,10 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    elementwise.forget_compiled()
     yield
     torch._dynamo.reset()
+    elementwise.forget_compiled()
 
 
 class Twins:
@@ -425,7 +427,7 @@ every_compiled_rule = pytest.mark.parametrize(
 @every_compiled_rule
 def test_compiled_is_eager_and_one_kernel_serves_all_sizes(make: Make, fresh_dynamo: None):
     twins = Twins(make, [(33, 17), (4, 6), (1, 1), (0, 5), (128, 64), (2, 3)])
-    assert 1 <= twins.step(3) <= 2  # the second for what has one element
+    assert twins.step(3) == 1
     for change in CHANGES:
         twins.set(**change)
         assert twins.step(1) == 0
