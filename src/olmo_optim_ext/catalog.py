@@ -139,8 +139,8 @@ _ROWS = (
         summary="Orthogonalised momentum for matrices, AdamW for the rest",
         paper="kellerjordan.github.io/posts/muon; arXiv:2502.16982",
         state_bytes_per_param=4,
-        exchange="each matrix element once to its owner and once back: 2 x its share of the "
-        "matrix bytes",
+        exchange="with sharded rows each matrix element once to its owner and once back: 2 x its "
+        "share of the matrix bytes; under DDP its share of the updates once",
         presets=(
             Preset(
                 _SETTING.format("8x"),

@@ -29,7 +29,8 @@ class RoleRow:
     """Before the schedule."""
     weight_decay: float
     path: str
-    """How the whole matrix is had: ``local``, ``rows``, ``redistribute``; ``-`` if it is not."""
+    """How the whole matrix is had: ``local``, ``rows``, ``broadcast``,
+    ``redistribute``; ``-`` if it is not."""
     matrices: int
     """How many matrices it stores for the rule; 0 if it follows none for matrices."""
     owners: Tuple[int, ...]

@@ -9,6 +9,7 @@ groups. And ``Optimizer.load_state_dict`` casts state to the parameter's dtype: 
 by copying into the tensors that exist.
 """
 
+import copy
 from enum import Enum
 from typing import (
     Any,
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from .gate import GATE_STATE, all_finite, decide, gate_state
 from .hyperparameters import check_hyperparameters, to_flag
 
-__all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member", "chosen"]
+__all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
 
 CALLS = "calls"
 """Param-group key: how often ``step()`` was called, a host integer, the same in every group."""
@@ -76,15 +77,6 @@ class EngineOptions(TypedDict, total=False):
     state_dtype: DType
     seed: int
     cautious_weight_decay: bool
-
-
-def chosen(proceed: Optional[torch.Tensor], new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """
-    ``new`` where the step is taken, ``old`` where it is skipped.
-
-    :param proceed: A 0-d bool tensor, or ``None`` without a gate.
-    """
-    return new if proceed is None else torch.where(proceed, new, old)
 
 
 class GroupWork(NamedTuple):
@@ -163,10 +155,15 @@ class ExtOptimizer(SkipStepOptimizer):
 
     def _create_shared_state(self) -> None:
         """Create state that belongs to no parameter in that of one: DCP keeps it there."""
-        if self.state and self._gate_holder is None:
-            # The first by name, so that it does not depend on the groups.
-            self._gate_holder = min(self.state, key=self.name_of)
-            self.state[self._gate_holder].update(gate_state(self._gate_holder.device))
+        if not self.state:
+            return
+        # The first by name, so that it does not depend on the groups.
+        holder, before = min(self.state, key=self.name_of), self._gate_holder
+        if before is None:
+            self.state[holder].update(gate_state(holder.device))
+        elif before is not holder:
+            self.state[holder].update({key: self.state[before].pop(key) for key in GATE_STATE})
+        self._gate_holder = holder
 
     @property
     def latest_loss(self) -> Optional[torch.Tensor]:
@@ -236,8 +233,17 @@ class ExtOptimizer(SkipStepOptimizer):
         to_flag(values["cautious_weight_decay"], "cautious_weight_decay", type(self).__name__)
         self.check_group(values)
 
+        names = [name for name, _ in named if name is not None]
+        taken = {*self._names.values()}
+        for i, name in enumerate(names):
+            if name in taken or name in names[:i]:
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: two parameters are named '{name}', allowed is one"
+                )
+
         super().add_param_group(group)
         group = self.param_groups[-1]
+        group[CALLS] = self.param_groups[0][CALLS]
         for name, param in named:
             self._names[param] = name if name is not None else f"param.{len(self._names)}"
         self._clocks.append(self._create_state(group))
@@ -248,10 +254,10 @@ class ExtOptimizer(SkipStepOptimizer):
         trainable = [p for p in group["params"] if p.requires_grad]
         dtype = torch.float32
         for param in trainable:
-            if not param.is_floating_point():
+            if param.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise OLMoConfigurationError(
                     f"{type(self).__name__}: parameter '{self.name_of(param)}' has dtype "
-                    f"{param.dtype}, allowed are real floating point dtypes"
+                    f"{param.dtype}, allowed are float32, bfloat16 and float64"
                 )
             dtype = torch.promote_types(dtype, param.dtype)
         device = trainable[0].device if trainable else None
@@ -351,10 +357,22 @@ class ExtOptimizer(SkipStepOptimizer):
         # torch keeps only groups and state; hooks may be closures, which cannot be pickled.
         return {key: value for key, value in self.__dict__.items() if "hook" not in key}
 
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group, clock in zip(self.param_groups, self._clocks):
+            trainable = (param for param in group["params"] if param in self.state)
+            for param, step in zip(trainable, clock.unbind()):  # pickle made them tensors apart
+                self.state[param][STEP] = step
+
     def _to_checkpoint(self, param: torch.Tensor, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """A state tensor as it is saved."""
         del param, key
         return tensor
+
+    def _saved_as_it_is(self, param: torch.Tensor, key: str) -> bool:
+        """Whether :meth:`_to_checkpoint` returns the tensor itself."""
+        del param, key
+        return True
 
     def _shape_in_checkpoint(
         self, param: torch.Tensor, key: str, tensor: torch.Tensor
@@ -421,7 +439,7 @@ class ExtOptimizer(SkipStepOptimizer):
                 self._from_checkpoint(param, key, tensor, saved[key])
         for group in self.param_groups:
             saved_group = saved_groups[saved_of[group["params"][0]][0]]
-            group.update({k: v for k, v in saved_group.items() if k != "params"})
+            group.update({k: copy.deepcopy(v) for k, v in saved_group.items() if k != "params"})
 
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -467,6 +485,14 @@ class ExtOptimizer(SkipStepOptimizer):
             )
         for key, tensor in state.items():
             value = saved[key]
+            if self._saved_as_it_is(param, key) and isinstance(value, DTensor) != isinstance(
+                tensor, DTensor
+            ):
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: of the state to load for '{self.name_of(param)}' and "
+                    f"this optimizer's only one is sharded in '{key}', allowed are both or none; "
+                    "torch.distributed.checkpoint converts between them"
+                )
             expected = self._shape_in_checkpoint(param, key, tensor)
             if not isinstance(value, torch.Tensor) or value.shape != expected:
                 found = tuple(value.shape) if isinstance(value, torch.Tensor) else value

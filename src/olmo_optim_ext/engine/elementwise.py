@@ -16,6 +16,7 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
+    Iterable,
     List,
     Mapping,
     NamedTuple,
@@ -155,7 +156,8 @@ def apply_rule(
         scalars = _with_sums(sums, work, jobs, scalars, compiled)
         sums = None
     for cautious_decay in (False, True):
-        calls = [
+        # One by one: where shards are not consecutive, places for rounding take much memory.
+        calls = (
             _Call(
                 *(job.param, job.grad, job.buffers, its),
                 rounding_of(job.member, job.buffers, names, each.group[CALLS], seed),
@@ -164,12 +166,12 @@ def apply_rule(
             if bool(each.group["cautious_weight_decay"]) == cautious_decay
             for job, its in zip(its_jobs, its_scalars)
             if job.param.numel() > 0
-        ]
+        )
         update = _update_compiled if compiled else _update_in_chunks
         update(rule, sums, calls, work[0].proceed, cautious_decay)
     for job in (job for its_jobs in jobs for job in its_jobs):
-        if not job.member.param.is_contiguous():  # then the flat one may be a copy
-            local = get_local_tensor(job.member.param)
+        local = get_local_tensor(job.member.param)
+        if not local.is_contiguous():  # then the flat one is a copy
             local.copy_(job.param.view(local.shape))
 
 
@@ -210,11 +212,13 @@ def _with_sums(
 ) -> List[List[torch.Tensor]]:
     """The scalars with those that follow from sums: one exchange for all parameters of a step."""
     params, local, numels = [], [], []
-    count = _compiled_sums(sums) if compiled else _sums_in_chunks
+    compiled_sums = _compiled_sums(sums) if compiled else _sums_in_chunks
     for its_jobs, its_scalars in zip(jobs, scalars):
         for job, its in zip(its_jobs, its_scalars):
             params.append(job.member.param)
             numels.append(job.member.param.numel())
+            # As in _update_compiled: no kernel of their own for lengths 0 and 1.
+            count = compiled_sums if job.param.numel() > 1 else _sums_in_chunks
             local.append(count(sums, job.param, job.grad, job.buffers, its))
     totals = sum_over_shards(params, torch.stack(local)).unbind(1)
     numel = _float64(tuple(numels), local[0].device)
@@ -288,7 +292,7 @@ def _update_in_place(
 def _update_in_chunks(
     rule: ElementwiseRule,
     sums: Optional[WholeSums],
-    calls: Sequence[_Call],
+    calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
     cautious_decay: bool,
 ) -> None:
@@ -328,7 +332,7 @@ def _update_batch(
 def _update_compiled(
     rule: ElementwiseRule,
     sums: Optional[WholeSums],
-    calls: Sequence[_Call],
+    calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
     cautious_decay: bool,
 ) -> None:
@@ -342,6 +346,7 @@ def _update_compiled(
             *(proceed, cautious_decay, roundings),
         )
 
+    calls = list(calls)
     # dynamo makes a kernel of its own for a length of 1; a shard of one element is not worth it.
     single = [call for call in calls if call.param.numel() == 1]
     _update_in_chunks(rule, sums, single, proceed, cautious_decay)

@@ -90,21 +90,35 @@ Bucket = Tuple[Tuple[int, ...], ...]
 def _fill_buckets(
     n_bytes: Sequence[int], owners: Sequence[int], n_owners: int, bytes_of_owner: int
 ) -> List[Bucket]:
-    """Largest first, each owner's part of a bucket up to a number of bytes."""
+    """In the order given, each owner's part of a bucket up to a number of bytes."""
     shares: List[List[List[int]]] = [[] for _ in range(n_owners)]
     filled: Dict[int, int] = {}
-    for item in sorted(range(len(n_bytes)), key=lambda i: -n_bytes[i]):
-        owner = owners[item]
-        if not shares[owner] or filled[owner] + n_bytes[item] > bytes_of_owner:
+    for item, (size, owner) in enumerate(zip(n_bytes, owners)):
+        if not shares[owner] or filled[owner] + size > bytes_of_owner:
             shares[owner].append([])
             filled[owner] = 0
         shares[owner][-1].append(item)
-        filled[owner] += n_bytes[item]
+        filled[owner] += size
     n_buckets = max(map(len, shares), default=0)
     return [
         tuple(tuple(share[b]) if b < len(share) else () for share in shares)
         for b in range(n_buckets)
     ]
+
+
+def _fill_whole_buckets(
+    n_bytes: Sequence[int], owners: Sequence[int], n_owners: int, bucket_bytes: int
+) -> List[Bucket]:
+    """In the order given, all owners' parts of a bucket together up to a number of bytes."""
+    buckets: List[List[List[int]]] = []
+    filled = 0
+    for item, (size, owner) in enumerate(zip(n_bytes, owners)):
+        if not buckets or filled + size > bucket_bytes:
+            buckets.append([[] for _ in range(n_owners)])
+            filled = 0
+        buckets[-1][owner].append(item)
+        filled += size
+    return [tuple(map(tuple, bucket)) for bucket in buckets]
 
 
 class RowExchange:
@@ -131,6 +145,7 @@ class RowExchange:
         self.group = group
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        self._known_places: Dict[Tuple[int, ...], Dict[int, List[Tuple[int, int]]]] = {}
         # With even shards, a rank also sends at most what an owner receives.
         n_bytes = [matrix.numel * itemsize for matrix in self.matrices]
         owners = [matrix.owner for matrix in self.matrices]
@@ -191,15 +206,22 @@ class RowExchange:
 
     def _rows_in(self, bucket: Bucket, item: int, buffer: torch.Tensor) -> List[torch.Tensor]:
         """The rows of a matrix in the owner's buffer, those of each rank a view."""
-        parts, offset = [], 0
-        for rank in range(self.size):
-            for other in bucket[self.rank]:
-                n = self._numel_on(other, rank)
-                if other == item:
-                    part = buffer[offset : offset + n]
-                    parts.append(part.view(-1, self.matrices[item].cols))
-                offset += n
-        return parts
+        cols = self.matrices[item].cols
+        return [buffer[begin:end].view(-1, cols) for begin, end in self._places(bucket)[item]]
+
+    def _places(self, bucket: Bucket) -> Dict[int, List[Tuple[int, int]]]:
+        """For each matrix that this rank owns, where each rank's rows lie in its buffer."""
+        mine = bucket[self.rank]
+        if mine not in self._known_places:
+            places: Dict[int, List[Tuple[int, int]]] = {item: [] for item in mine}
+            offset = 0
+            for rank in range(self.size):
+                for item in mine:
+                    n = self._numel_on(item, rank)
+                    places[item].append((offset, offset + n))
+                    offset += n
+            self._known_places[mine] = places
+        return self._known_places[mine]
 
     def start_scatter(self, bucket: Bucket, buffer: torch.Tensor) -> Transfer:
         """Start to move the results in the owners' buffers to the ranks that hold the rows."""
@@ -265,7 +287,7 @@ class BroadcastExchange:
         self.group = group
         size = dist.get_world_size(group)
         n_bytes = [numel * itemsize for numel in numels]
-        self.buckets = _fill_buckets(n_bytes, owners, size, bucket_bytes // size)
+        self.buckets = _fill_whole_buckets(n_bytes, owners, size, bucket_bytes)
 
     def results(self, bucket: Bucket, buffer: torch.Tensor) -> Dict[int, torch.Tensor]:
         """Where the result of each matrix of a bucket lies in the buffer, flat views."""

@@ -8,6 +8,8 @@ bucket, another one is on its way.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import (
     Any,
     ClassVar,
@@ -28,7 +30,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork, Member, chosen
+from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork, Member
 from .elementwise import ElementwiseRule, apply_rule
 from .exchange import (
     BUCKET_BYTES,
@@ -94,33 +96,45 @@ class _Plan:
         shape = (block.n_rows, block.n_cols)
         return shape[::-1] if self.layout.in_out else shape
 
-    def rows_on(self, block: Block) -> Tuple[int, ...]:
-        """How many rows of a matrix each rank holds."""
-        out, first = [], self.placing.first_row
-        for n in self.placing.rows_of:
-            low, high = max(first, block.first_row), min(first + n, block.first_row + block.n_rows)
-            out.append(max(0, high - low))
-            first += n
-        return tuple(out)
+    @cached_property
+    def rows_on(self) -> List[Tuple[int, ...]]:
+        """For each of :data:`blocks` how many of its rows each rank holds."""
+        ends = [self.placing.first_row, *self.placing.rows_of]
+        ends = list(accumulate(ends))
+        return [
+            tuple(
+                max(0, min(end, block.first_row + block.n_rows) - max(first, block.first_row))
+                for first, end in zip(ends, ends[1:])
+            )
+            for _, block in self.blocks
+        ]
 
-    def sole_holder(self, k: int) -> Optional[int]:
+    @cached_property
+    def sole_holders(self) -> List[Optional[int]]:
         """The rank that holds all rows of a matrix, if there is one: it needs no exchange."""
         if self.placing.path != Path.rows:
-            return None
-        rows = self.rows_on(self.blocks[k][1])
-        holders = [rank for rank, n in enumerate(rows) if n]
-        return holders[0] if len(holders) == 1 else None
+            return [None] * len(self.blocks)
+        holders = [[rank for rank, n in enumerate(rows) if n] for rows in self.rows_on]
+        return [ranks[0] if len(ranks) == 1 else None for ranks in holders]
 
-    def here(self, k: int) -> Tuple[slice, slice]:
-        """Where a matrix lies in what this rank has of the parameter, as ``(rows, cols)``."""
-        block = self.blocks[k][1]
-        cols = slice(block.first_col, block.first_col + block.n_cols)
-        if self.placing.path != Path.rows:
-            return slice(block.first_row, block.first_row + block.n_rows), cols
-        rank, held = dist.get_rank(self.placing.group), self.placing.rows_of
-        first = self.placing.first_row + sum(held[:rank])
-        low = min(max(block.first_row - first, 0), held[rank])
-        return slice(low, low + self.rows_on(block)[rank]), cols
+    @cached_property
+    def here(self) -> List[Tuple[slice, slice]]:
+        """Where each matrix lies in what this rank has of the parameter, as ``(rows, cols)``."""
+        out = []
+        for k, (_, block) in enumerate(self.blocks):
+            first, n = block.first_row, block.n_rows
+            if self.placing.path == Path.rows:
+                rank, held = dist.get_rank(self.placing.group), self.placing.rows_of
+                first -= self.placing.first_row + sum(held[:rank])
+                first, n = min(max(first, 0), held[rank]), self.rows_on[k][rank]
+            cols = slice(block.first_col, block.first_col + block.n_cols)
+            out.append((slice(first, first + n), cols))
+        return out
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest of its matrices."""
+        return max(block.numel for _, block in self.blocks)
 
 
 @dataclass
@@ -145,7 +159,7 @@ class _Job:
         return self.view(get_local_tensor(self.member.param))
 
     def here(self, k: int) -> Tuple[slice, slice]:
-        return self.plan.here(k)
+        return self.plan.here[k]
 
 
 _Item = Tuple[_Job, int]
@@ -267,6 +281,20 @@ class MatrixOptimizer(ExtOptimizer):
         super()._create_shared_state()
         self._make_plans()
 
+    def _ensure_plans(self) -> None:
+        if not self._plans:  # of a copy
+            self._make_plans()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """As the base's; a collective call where sharded parameters have factors."""
+        self._ensure_plans()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """As the base's; a collective call where sharded parameters have factors."""
+        self._ensure_plans()
+        super().load_state_dict(state_dict)
+
     def _make_plans(self) -> None:
         new = [
             (group, param)
@@ -307,7 +335,9 @@ class MatrixOptimizer(ExtOptimizer):
             plans = {**self._plans, **{param: plan for _, param, plan in drafts}}
             mine = {p: plan for p, plan in plans.items() if plan.placing.group is process_group}
             items = [(p, plan, k) for p, plan in mine.items() for k in range(len(plan.blocks))]
-            fixed = [plan.owners[k] if plan.owners else plan.sole_holder(k) for _, plan, k in items]
+            fixed = [
+                plan.owners[k] if plan.owners else plan.sole_holders[k] for _, plan, k in items
+            ]
             costs = [self.cost(*plan.shape(plan.blocks[k][1])) for _, plan, k in items]
             found = assign_owners(costs, dist.get_world_size(process_group), fixed)
             for (param, _, _), owner in zip(items, found):
@@ -345,10 +375,15 @@ class MatrixOptimizer(ExtOptimizer):
                     f"{self.algorithm!r}, allowed are matrices, or a layout for it"
                 )
             layout = MatrixLayout.whole(param.shape)
-        if layout.rows * layout.cols != param.numel():
+        if not get_local_tensor(param).is_contiguous():
+            raise OLMoConfigurationError(
+                f"{owner}: parameter '{name}' of shape {tuple(param.shape)} has algorithm "
+                f"{self.algorithm!r} and is not contiguous, allowed are contiguous matrices"
+            )
+        if layout.rows * layout.cols != param.numel() or layout.rows % max(param.shape[0], 1):
             raise OLMoConfigurationError(
                 f"{owner}: the layout of parameter '{name}' of shape {tuple(param.shape)} is "
-                f"({layout.rows}, {layout.cols}), allowed are layouts with as many elements"
+                f"({layout.rows}, {layout.cols}), allowed are layouts that divide it"
             )
         return layout
 
@@ -357,6 +392,7 @@ class MatrixOptimizer(ExtOptimizer):
         For each parameter with matrices the path that they take, and, where one rank computes a
         matrix, the global rank of the owner of each.
         """
+        self._ensure_plans()
         out: Dict[str, Tuple[Path, Tuple[int, ...]]] = {}
         for param, plan in self._plans.items():
             group = plan.placing.group
@@ -365,8 +401,7 @@ class MatrixOptimizer(ExtOptimizer):
         return out
 
     def update(self, work: Sequence[GroupWork]) -> None:
-        if not self._plans:  # of a copy
-            self._make_plans()
+        self._ensure_plans()
         leftover = [each for each in work if each.group[ALGORITHM] == self.leftover_algorithm]
         if leftover:
             apply_rule(self.leftover_rule, leftover, self._names, self._compile, self._seed)
@@ -407,8 +442,10 @@ class MatrixOptimizer(ExtOptimizer):
 
     def _update_by_rows(self, jobs: Sequence[_Job], process_group: dist.ProcessGroup) -> None:
         rank = dist.get_rank(process_group)
-        items = [(job, k) for job, k in _items(jobs) if job.plan.sole_holder(k) is None]
-        mine = [(job, k) for job, k in _items(jobs) if job.plan.sole_holder(k) == rank]
+        # Largest first, but all matrices of a parameter together, so that it is soon done with.
+        ordered = sorted(jobs, key=lambda job: -job.plan.largest)
+        items = [(job, k) for job, k in _items(ordered) if job.plan.sole_holders[k] is None]
+        mine = [(job, k) for job, k in _items(jobs) if job.plan.sole_holders[k] == rank]
         exchange = self._row_exchange(items, process_group)
         like = self._empty_on_wire(jobs[0])
         shards = _Shards(self, [*items, *mine])
@@ -453,7 +490,7 @@ class MatrixOptimizer(ExtOptimizer):
 
     def _update_by_broadcast(self, jobs: Sequence[_Job], process_group: dist.ProcessGroup) -> None:
         rank = dist.get_rank(process_group)
-        items = _items(jobs)
+        items = _items(sorted(jobs, key=lambda job: -job.plan.largest))
         numels = [job.plan.blocks[k][1].numel for job, k in items]
         owners = [job.plan.owners[k] for job, k in items]
         like = self._empty_on_wire(jobs[0])
@@ -472,12 +509,13 @@ class MatrixOptimizer(ExtOptimizer):
         for bucket in exchange.buckets:
             buffer = like.new_empty(sum(numels[i] for owned in bucket for i in owned))
             results = exchange.results(bucket, buffer)
-            # Momentum moves on every rank, whoever computes the matrix.
-            x = {i: shards.take(items[i][0])[items[i][0].here(items[i][1])] for i in results}
-            for i in bucket[rank]:
-                (update,) = self._on_owner([items[i]], [x[i]])
-                results[i].view(update.shape).copy_(update)
-            del x
+            for i in results:
+                # Momentum moves on every rank, whoever computes the matrix.
+                job, k = items[i]
+                x = shards.take(job)[job.here(k)]
+                if i in bucket[rank]:
+                    (update,) = self._on_owner([items[i]], [x])
+                    results[i].view(update.shape).copy_(update)
             if before is not None:
                 finish(*before)
             before = (bucket, exchange.start(bucket, buffer))
@@ -494,7 +532,7 @@ class MatrixOptimizer(ExtOptimizer):
             if len(self._exchanges) >= 16:
                 self._exchanges.clear()
             matrices = [
-                Matrix(block.n_cols, job.plan.rows_on(block), job.plan.owners[k])
+                Matrix(block.n_cols, job.plan.rows_on[k], job.plan.owners[k])
                 for job, k in items
                 for _, block in [job.plan.blocks[k]]
             ]
@@ -509,15 +547,15 @@ class MatrixOptimizer(ExtOptimizer):
         size of a bucket; this was only reasoned.
         """
         stacks: Dict[Any, List[_Item]] = {}
+        seen: Counter = Counter()
         for number, (job, k) in enumerate(items):
-            block = job.plan.blocks[k][1]
-            if job.member.grad.device.type == "cpu":
-                key: Any = number
-            else:
-                n_bytes = block.numel * job.work.clock.itemsize
+            key: Any = number
+            if job.member.grad.device.type != "cpu":
+                block = job.plan.blocks[k][1]
                 alike = (id(job.group), job.plan.shape(block))
-                full = len(stacks.get((*alike, 0), ())) * n_bytes // self.bucket_bytes
-                key = (*alike, full)
+                n_bytes = block.numel * job.work.clock.itemsize
+                key = (alike, seen[alike] // max(1, self.bucket_bytes // n_bytes))
+                seen[alike] += 1
             stacks.setdefault(key, []).append((job, k))
         return list(stacks.values())
 
@@ -541,7 +579,7 @@ class MatrixOptimizer(ExtOptimizer):
         updates, factors = self.on_owner(first.group, owned)
         for name, new in factors.items():
             for view, each in zip(views, new):
-                view[name].copy_(chosen(first.work.proceed, each, view[name]))
+                write_state([view[name]], [each], first.work.proceed, None)
         return [u.mT if t else u for u, t in zip(updates, transposed)]
 
     def _matrix_name(self, job: _Job, k: int) -> str:
@@ -592,27 +630,28 @@ class MatrixOptimizer(ExtOptimizer):
         return grad.new_empty(0, dtype=self.wire_dtype(job.work.clock.dtype, grad.device))
 
     def _to_checkpoint(self, param: torch.Tensor, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        plan = self._plans.get(param)
-        if plan is None or key not in plan.factors.names:
+        if self._saved_as_it_is(param, key):
             return tensor
-        return plan.factors.to_checkpoint(param, key, tensor)
+        return self._plans[param].factors.to_checkpoint(param, key, tensor)
+
+    def _saved_as_it_is(self, param: torch.Tensor, key: str) -> bool:
+        plan = self._plans.get(param)
+        return plan is None or key not in plan.factors.names
 
     def _shape_in_checkpoint(
         self, param: torch.Tensor, key: str, tensor: torch.Tensor
     ) -> torch.Size:
-        plan = self._plans.get(param)
-        if plan is None or key not in plan.factors.names:
+        if self._saved_as_it_is(param, key):
             return tensor.shape
-        return torch.Size([plan.factors.numel(key)])
+        return torch.Size([self._plans[param].factors.numel(key)])
 
     def _from_checkpoint(
         self, param: torch.Tensor, key: str, tensor: torch.Tensor, saved: torch.Tensor
     ) -> None:
-        plan = self._plans.get(param)
-        if plan is None or key not in plan.factors.names:
+        if self._saved_as_it_is(param, key):
             tensor.copy_(saved)
         else:
-            plan.factors.from_checkpoint(key, tensor, saved)
+            self._plans[param].factors.from_checkpoint(key, tensor, saved)
 
 
 class _Shards:

@@ -114,6 +114,8 @@ def placing_of(
 
 def data_parallel_group(model: nn.Module) -> Optional[dist.ProcessGroup]:
     """The ranks among which DDP, or ``replicate`` as OLMo-core applies it, shares a model."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
     if isinstance(model, DistributedDataParallel):
         return model.process_group
     if "replicate" not in (_get_registry(model) or {}):

@@ -1,5 +1,5 @@
 """
-Writing new weights and new state: decay, the gate, and rounding. The only place that does.
+Writing new weights and new state: decay, the gate, and rounding.
 """
 
 from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple

@@ -311,10 +311,19 @@ def test_a_cap_above_all_makes_one_bucket_and_one_below_all_a_bucket_each(make_g
     assert len(make_group(1, [Matrix(5, (2,), 0)] * 5, bucket_bytes=160)[0].buckets) == 3
 
 
-def test_large_matrices_travel_first(make_group: MakeGroup):
+def test_matrices_travel_in_the_order_given(make_group: MakeGroup):
     matrices = [Matrix(cols, (1,), 0) for cols in (3, 5, 1, 5, 4)]
     (rank,) = make_group(1, matrices, bucket_bytes=1)
-    assert [bucket[0] for bucket in rank.buckets] == [(1,), (3,), (4,), (0,), (2,)]
+    assert [bucket[0] for bucket in rank.buckets] == [(0,), (1,), (2,), (3,), (4,)]
+
+
+def test_a_broadcast_bucket_holds_no_more_than_the_cap_of_all_owners_together(
+    broadcast: Callable[..., BroadcastExchange],
+):
+    exchange = broadcast(4, [100] * 8, [0, 1, 2, 3, 0, 1, 2, 3], cap=800)
+    assert [sum(map(len, bucket)) for bucket in exchange.buckets] == [2, 2, 2, 2]
+    alone = broadcast(4, [100] * 3, [0, 1, 2], cap=1)
+    assert [sum(map(len, bucket)) for bucket in alone.buckets] == [1, 1, 1]
 
 
 def test_nothing_to_exchange(make_group: MakeGroup):

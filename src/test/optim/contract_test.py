@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict
 
 import pytest
@@ -547,9 +548,11 @@ def test_each_matrix_is_computed_once_and_little_is_sent(mesh_results):
 
 
 def test_a_step_holds_two_buckets_and_two_matrices(mesh_results):
-    for peak, largest, bucket, sizes in json.loads((mesh_results / "memory.json").read_text()):
-        assert sizes == [n for n in sizes if n >= 3]
+    ranks = json.loads((mesh_results / "memory.json").read_text())
+    for peak, largest, bucket, n_buckets, n_broadcasts, alive in ranks:
+        assert n_buckets >= 3 and n_broadcasts >= 3
         assert largest < peak <= 2 * bucket + 2 * largest
+        assert alive == 2
 
 
 # C8: clear errors
@@ -650,7 +653,14 @@ def test_copies_are_whole(name, reference):
     train(twin, twin_optim, STEPS // 2, STEPS)
     assert equal(weights(twin), reference(name))
     assert not equal(weights(model), reference(name))
-    pickle.loads(pickle.dumps(optim)).step()
+    read = pickle.loads(pickle.dumps(optim))
+    for group, theirs in zip(read.param_groups, optim.param_groups):
+        for param, other in zip(group["params"], theirs["params"]):
+            other.grad = param.grad = torch.ones_like(other)
+    read.step()
+    optim.step()
+    assert equal(state_of(read), state_of(optim))
+    train(model, optim, 0, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -682,6 +692,81 @@ def test_compiled_is_the_same_rule(name):
     other = dict(lr=0.02, weight_decay=0.3)
     assert relative_error(run(True, **other), run(False, **other), start) < 1e-5
     assert counters["stats"]["unique_graphs"] == 0
+
+
+# Groups that come later
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_that_comes_later_is_as_if_it_had_been_there(name):
+    def build(later: int):
+        model = MixedShapes()
+        groups = CASES[name].config.build_groups(model)
+        groups = [{**g, "params": [pair]} for g in groups for pair in g["params"]][::-1]
+        optim = CASES[name].config.optimizer()(
+            groups[: len(groups) - later], **CASES[name].config.hyperparameters()
+        )
+        for group in groups[len(groups) - later :]:
+            optim.add_param_group(group)
+        return model, optim
+
+    (model, optim), (other, other_optim) = build(0), build(3)
+    # The gate's history is where it would have been, which is how DCP finds it.
+    assert [set(s) for s in optim.state_dict()["state"].values()] == [
+        set(s) for s in other_optim.state_dict()["state"].values()
+    ]
+    for m, o in ((model, optim), (other, other_optim)):
+        train(m, o, 0, 3)
+    assert equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_the_same_in_all_groups(name):
+    model, later = MixedShapes(), nn.Linear(3, 2, bias=False)
+    optim = CASES[name].config.build(model)
+    train(model, optim, 0, 3)
+    (group,) = CASES[name].config.build_groups(later)
+    optim.add_param_group({**group, "params": [("later", later.weight)]})
+    assert [g["calls"] for g in optim.param_groups] == [3] * len(optim.param_groups)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_that_cannot_be_told_apart_are_refused(name):
+    config, linear = CASES[name].config, nn.Linear(3, 2, bias=False)
+    (group,) = config.build_groups(linear)
+    twice = [("w", linear.weight), ("w", nn.Parameter(torch.ones(2, 3)))]
+    with pytest.raises(OLMoConfigurationError, match="two parameters are named 'w'"):
+        config.optimizer()([{**group, "params": twice}])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_without_a_gradient_scaler_is_refused(name):
+    with pytest.raises(OLMoConfigurationError, match="float16.*allowed are float32, bfloat16"):
+        CASES[name].config.build(nn.Linear(3, 2, bias=False).half())
+
+
+def test_matrices_that_cannot_be_viewed_are_refused():
+    model = nn.Conv2d(3, 4, 2)
+    model.weight.data = model.weight.data.contiguous(memory_format=torch.channels_last)
+    overrides = [OptimGroupOverride(["weight"], {"role": "matrix"})]
+    with pytest.raises(OLMoConfigurationError, match="not contiguous"):
+        CASES["ext_muon"].config.replace(group_overrides=overrides).build(model)
+
+
+def test_stacks_of_other_devices_keep_to_the_size_of_a_bucket():
+    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(7))
+    optim = CASES["ext_muon"].config.build(model)
+    optim.bucket_bytes = 3 * 64
+    jobs = [
+        SimpleNamespace(
+            member=SimpleNamespace(grad=SimpleNamespace(device=torch.device("cuda"))),
+            plan=optim._plans[param],
+            group=optim.param_groups[0],
+            work=SimpleNamespace(clock=torch.zeros(1)),
+        )
+        for param in model.parameters()
+    ]
+    assert [len(stack) for stack in optim._stacks([(job, 0) for job in jobs])] == [3, 3, 1]
 
 
 # C10: it optimises

@@ -6,6 +6,7 @@ all names, models and meshes.
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -33,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from variants import BROKEN, VARIANTS, Variant
 
 from olmo_optim_ext import Muon, MuonConfig
+from olmo_optim_ext.engine.exchange import BroadcastExchange
 from olmo_optim_ext.engine.matrix import MatrixOptimizer
 
 Sharding = Callable[[Any], Any]
@@ -252,27 +254,48 @@ def count(folder: Path) -> None:
 
 def measure(folder: Path) -> None:
     """What a step of Muon allocates, with several buckets."""
-    model = meshes(LargeShapes)["fsdp4"](LargeShapes(width=128))
-    largest = max(param.numel() * 4 for param in model.parameters())
-    bucket = 2 * largest
+    largest = max(param.numel() * 4 for param in LargeShapes(width=128).parameters())
 
     class SmallBuckets(Muon):
-        bucket_bytes = bucket
+        bucket_bytes = 2 * largest
 
     class SmallBucketsConfig(MuonConfig):
         @classmethod
         def optimizer(cls):
             return SmallBuckets
 
-    optim = SmallBucketsConfig().build(model)
-    for param in model.parameters():
-        param.grad = torch.ones_like(param)
-    optim.step()
+    def build(label: str) -> Any:
+        model = meshes(LargeShapes)[label](LargeShapes(width=128))
+        optim = SmallBucketsConfig().build(model)
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optim.step()
+        return optim
+
+    optim = build("fsdp4")
     # The least of some: a thread of gloo's may hold the buffers of a finished transfer for a while.
     peak = min(peak_bytes(optim.step) for _ in range(5))
-    sizes = [len(exchange.buckets) for exchange in optim._exchanges.values()]
+    (exchange,) = optim._exchanges.values()
+
+    # The profiler does not see what gloo's threads free, which under DDP is all buffers.
+    buffers: List[Any] = []
+    alive: List[int] = []
+    start = BroadcastExchange.start
+
+    def noting(self: BroadcastExchange, bucket: Any, buffer: torch.Tensor) -> Any:
+        assert buffer.nbytes <= 2 * largest
+        buffers.append(weakref.ref(buffer))
+        alive.append(sum(buffer() is not None for buffer in buffers))
+        return start(self, bucket, buffer)
+
+    optim = build("ddp4")
+    BroadcastExchange.start = noting  # type: ignore[method-assign]
+    optim.step()
+    BroadcastExchange.start = start  # type: ignore[method-assign]
+
     parts: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (peak, largest, bucket, sizes))
+    mine = (peak, largest, 2 * largest, len(exchange.buckets), len(alive), max(alive))
+    dist.all_gather_object(parts, mine)
     if dist.get_rank() == 0:
         (folder / "memory.json").write_text(json.dumps(parts))
 
