@@ -7,9 +7,6 @@ bucket, another one is on its way.
 """
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import (
     Any,
     ClassVar,
@@ -30,7 +27,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork, Member
+from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
 from .elementwise import ElementwiseRule, apply_rule
 from .exchange import (
     BUCKET_BYTES,
@@ -43,8 +40,9 @@ from .exchange import (
     assign_owners,
 )
 from .factors import FactorPlan, Shape
-from .layout import Block, MatrixLayout
-from .placement import Path, Placing, gather_whole, local_part, placing_of
+from .layout import MatrixLayout
+from .placement import Path, gather_whole, local_part, placing_of
+from .plan import Item, Job, Plan, items_of
 from .write import chunks, rounding_of, some_of, write_state, write_weights
 
 __all__ = ["ALGORITHM", "MatrixOptimizer", "MatrixOptions", "Owned"]
@@ -77,93 +75,6 @@ class Owned(NamedTuple):
 
     names: Tuple[str, ...]
     """Canonical names; of a parameter with several matrices ``name[index]``."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What does not change from step to step for a parameter."""
-
-    layout: MatrixLayout
-    placing: Placing
-    blocks: Sequence[Tuple[int, Block]]
-    """The matrices that the group has, with their index in the parameter."""
-    owners: Sequence[int]
-    """Rank in the group; empty where every rank computes all."""
-    factors: FactorPlan
-
-    def shape(self, block: Block) -> Tuple[int, int]:
-        """``(out, in)`` of a matrix."""
-        shape = (block.n_rows, block.n_cols)
-        return shape[::-1] if self.layout.in_out else shape
-
-    @cached_property
-    def rows_on(self) -> List[Tuple[int, ...]]:
-        """For each of :data:`blocks` how many of its rows each rank holds."""
-        ends = [self.placing.first_row, *self.placing.rows_of]
-        ends = list(accumulate(ends))
-        return [
-            tuple(
-                max(0, min(end, block.first_row + block.n_rows) - max(first, block.first_row))
-                for first, end in zip(ends, ends[1:])
-            )
-            for _, block in self.blocks
-        ]
-
-    @cached_property
-    def sole_holders(self) -> List[Optional[int]]:
-        """The rank that holds all rows of a matrix, if there is one: it needs no exchange."""
-        if self.placing.path != Path.rows:
-            return [None] * len(self.blocks)
-        holders = [[rank for rank, n in enumerate(rows) if n] for rows in self.rows_on]
-        return [ranks[0] if len(ranks) == 1 else None for ranks in holders]
-
-    @cached_property
-    def here(self) -> List[Tuple[slice, slice]]:
-        """Where each matrix lies in what this rank has of the parameter, as ``(rows, cols)``."""
-        out = []
-        for k, (_, block) in enumerate(self.blocks):
-            first, n = block.first_row, block.n_rows
-            if self.placing.path == Path.rows:
-                rank, held = dist.get_rank(self.placing.group), self.placing.rows_of
-                first -= self.placing.first_row + sum(held[:rank])
-                first, n = min(max(first, 0), held[rank]), self.rows_on[k][rank]
-            cols = slice(block.first_col, block.first_col + block.n_cols)
-            out.append((slice(first, first + n), cols))
-        return out
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest of its matrices."""
-        return max(block.numel for _, block in self.blocks)
-
-
-@dataclass
-class _Job:
-    """One parameter of a step."""
-
-    work: GroupWork
-    member: Member
-    plan: _Plan
-
-    @property
-    def group(self) -> Dict[str, Any]:
-        return self.work.group
-
-    def view(self, x: torch.Tensor) -> torch.Tensor:
-        """What is shaped like the parameter, or its local part, as ``(rows, cols)``."""
-        cols = self.plan.layout.cols
-        return x.view(x.numel() // cols, cols)
-
-    def weights(self) -> torch.Tensor:
-        """The local part of the parameter, as ``(rows, cols)``."""
-        return self.view(get_local_tensor(self.member.param))
-
-    def here(self, k: int) -> Tuple[slice, slice]:
-        return self.plan.here[k]
-
-
-_Item = Tuple[_Job, int]
-"""A parameter, and which of ``plan.blocks``."""
 
 
 class MatrixOptimizer(ExtOptimizer):
@@ -199,7 +110,7 @@ class MatrixOptimizer(ExtOptimizer):
     ):
         self._layouts = dict(layouts or {})
         self._replicas = replicas
-        self._plans: Dict[torch.Tensor, _Plan] = {}
+        self._plans: Dict[torch.Tensor, Plan] = {}
         self._exchanges: Dict[Any, Any] = {}
         super().__init__(params, {**defaults, ALGORITHM: None}, **engine)
         if not any(group[ALGORITHM] == self.algorithm for group in self.param_groups):
@@ -319,15 +230,15 @@ class MatrixOptimizer(ExtOptimizer):
                 for i, block in enumerate(layout.blocks())
                 if placing.path != Path.rows or placing.first_row <= block.first_row < end
             ]
-            draft = _Plan(layout, placing, blocks, (), FactorPlan(shapes))
+            draft = Plan(layout, placing, blocks, (), FactorPlan(shapes))
             drafts.append((group, param, draft))
         for group, param, plan in self._with_owners(drafts):
             self._plans[param] = plan
             self._create_factors(group, param, plan)
 
     def _with_owners(
-        self, drafts: Sequence[Tuple[Dict[str, Any], torch.Tensor, _Plan]]
-    ) -> Iterator[Tuple[Dict[str, Any], torch.Tensor, _Plan]]:
+        self, drafts: Sequence[Tuple[Dict[str, Any], torch.Tensor, Plan]]
+    ) -> Iterator[Tuple[Dict[str, Any], torch.Tensor, Plan]]:
         """Largest first over all matrices of a group; matrices planned earlier keep their owner."""
         groups = {plan.placing.group for _, _, plan in drafts}
         owners: Dict[torch.Tensor, List[int]] = {}
@@ -350,9 +261,9 @@ class MatrixOptimizer(ExtOptimizer):
                 its_owners if in_shards else (),
                 plan.placing.group if in_shards else None,
             )
-            yield group, param, _Plan(plan.layout, plan.placing, plan.blocks, its_owners, factors)
+            yield group, param, Plan(plan.layout, plan.placing, plan.blocks, its_owners, factors)
 
-    def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: _Plan) -> None:
+    def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: Plan) -> None:
         dtype = torch.promote_types(torch.float32, param.dtype)
         state = self.state[param]
         if all(name in state for name in plan.factors.names):  # of a copy
@@ -405,16 +316,16 @@ class MatrixOptimizer(ExtOptimizer):
         leftover = [each for each in work if each.group[ALGORITHM] == self.leftover_algorithm]
         if leftover:
             apply_rule(self.leftover_rule, leftover, self._names, self._compile, self._seed)
-        alike: Dict[Tuple[Path, Optional[dist.ProcessGroup], torch.dtype], List[_Job]] = {}
+        alike: Dict[Tuple[Path, Optional[dist.ProcessGroup], torch.dtype], List[Job]] = {}
         for each in work:
             if each.group[ALGORITHM] == self.algorithm:
                 for member in each.members:
                     plan = self._plans[member.param]
                     key = (plan.placing.path, plan.placing.group, each.clock.dtype)
-                    alike.setdefault(key, []).append(_Job(each, member, plan))
+                    alike.setdefault(key, []).append(Job(each, member, plan))
         for (path, process_group, _), jobs in alike.items():
             if process_group is None and path == Path.local:
-                self._update_local(_items(jobs), _Shards(self, _items(jobs)))
+                self._update_local(items_of(jobs), _Shards(self, items_of(jobs)))
             elif process_group is None:
                 for job in jobs:
                     self._update_redistributed(job)
@@ -423,29 +334,29 @@ class MatrixOptimizer(ExtOptimizer):
             else:
                 self._update_by_broadcast(jobs, process_group)
 
-    def _update_local(self, items: Sequence[_Item], shards: "_Shards") -> None:
+    def _update_local(self, items: Sequence[Item], shards: "_Shards") -> None:
         for stack in self._stacks(items):
             updates = self._on_owner(stack, [shards.take(job)[job.here(k)] for job, k in stack])
             for (job, k), update in zip(stack, updates):
                 self._apply(job, job.weights()[job.here(k)], update, self._scale(job, k))
 
-    def _update_redistributed(self, job: _Job) -> None:
+    def _update_redistributed(self, job: Job) -> None:
         param = job.member.param
         assert isinstance(param, DTensor)
         whole = gather_whole(self._on_shards(job), param)
         updates = torch.empty_like(whole, dtype=job.work.clock.dtype)
-        for item in _items([job]):
+        for item in items_of([job]):
             _, k = item
             (update,) = self._on_owner([item], [job.view(whole)[job.here(k)]])
             job.view(updates)[job.here(k)] = update.to(updates.dtype) * self._scale(job, k)
         self._apply(job, get_local_tensor(param), local_part(updates, param), 1.0)
 
-    def _update_by_rows(self, jobs: Sequence[_Job], process_group: dist.ProcessGroup) -> None:
+    def _update_by_rows(self, jobs: Sequence[Job], process_group: dist.ProcessGroup) -> None:
         rank = dist.get_rank(process_group)
         # Largest first, but all matrices of a parameter together, so that it is soon done with.
         ordered = sorted(jobs, key=lambda job: -job.plan.largest)
-        items = [(job, k) for job, k in _items(ordered) if job.plan.sole_holders[k] is None]
-        mine = [(job, k) for job, k in _items(jobs) if job.plan.sole_holders[k] == rank]
+        items = [(job, k) for job, k in items_of(ordered) if job.plan.sole_holders[k] is None]
+        mine = [(job, k) for job, k in items_of(jobs) if job.plan.sole_holders[k] == rank]
         exchange = self._row_exchange(items, process_group)
         like = self._empty_on_wire(jobs[0])
         shards = _Shards(self, [*items, *mine])
@@ -488,9 +399,9 @@ class MatrixOptimizer(ExtOptimizer):
         if returning is not None:
             finish(buckets[-1], returning)
 
-    def _update_by_broadcast(self, jobs: Sequence[_Job], process_group: dist.ProcessGroup) -> None:
+    def _update_by_broadcast(self, jobs: Sequence[Job], process_group: dist.ProcessGroup) -> None:
         rank = dist.get_rank(process_group)
-        items = _items(sorted(jobs, key=lambda job: -job.plan.largest))
+        items = items_of(sorted(jobs, key=lambda job: -job.plan.largest))
         numels = [job.plan.blocks[k][1].numel for job, k in items]
         owners = [job.plan.owners[k] for job, k in items]
         like = self._empty_on_wire(jobs[0])
@@ -523,9 +434,7 @@ class MatrixOptimizer(ExtOptimizer):
         if before is not None:
             finish(*before)
 
-    def _row_exchange(
-        self, items: Sequence[_Item], process_group: dist.ProcessGroup
-    ) -> RowExchange:
+    def _row_exchange(self, items: Sequence[Item], process_group: dist.ProcessGroup) -> RowExchange:
         key = (process_group, *((id(job.member.param), k) for job, k in items))
         if key not in self._exchanges:
             # Which parameters have gradients rarely changes; plans are cheap to make again.
@@ -540,13 +449,13 @@ class MatrixOptimizer(ExtOptimizer):
             self._exchanges[key] = RowExchange(matrices, process_group, itemsize, self.bucket_bytes)
         return self._exchanges[key]
 
-    def _stacks(self, items: Sequence[_Item]) -> List[List[_Item]]:
+    def _stacks(self, items: Sequence[Item]) -> List[List[Item]]:
         """
         Matrices that a rule computes at once. On CPU a loop over matrices is as fast as a batch,
         and does not depend on the mesh. On other devices those of one shape and group, up to the
         size of a bucket; this was only reasoned.
         """
-        stacks: Dict[Any, List[_Item]] = {}
+        stacks: Dict[Any, List[Item]] = {}
         seen: Counter = Counter()
         for number, (job, k) in enumerate(items):
             key: Any = number
@@ -559,9 +468,7 @@ class MatrixOptimizer(ExtOptimizer):
             stacks.setdefault(key, []).append((job, k))
         return list(stacks.values())
 
-    def _on_owner(
-        self, items: Sequence[_Item], whole: Sequence[torch.Tensor]
-    ) -> List[torch.Tensor]:
+    def _on_owner(self, items: Sequence[Item], whole: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """The updates of whole matrices as they are stored; keeps their new factors."""
         first = items[0][0]
         views = [
@@ -582,14 +489,14 @@ class MatrixOptimizer(ExtOptimizer):
                 write_state([view[name]], [each], first.work.proceed, None)
         return [u.mT if t else u for u, t in zip(updates, transposed)]
 
-    def _matrix_name(self, job: _Job, k: int) -> str:
+    def _matrix_name(self, job: Job, k: int) -> str:
         name, index = self.name_of(job.member.param), job.plan.blocks[k][0]
         return name if len(job.plan.layout.blocks()) == 1 else f"{name}[{index}]"
 
-    def _scale(self, job: _Job, k: int) -> float:
+    def _scale(self, job: Job, k: int) -> float:
         return self.scale(job.group, *job.plan.shape(job.plan.blocks[k][1]))
 
-    def _on_shards(self, job: _Job) -> torch.Tensor:
+    def _on_shards(self, job: Job) -> torch.Tensor:
         """What the owner needs, shaped like the local part of the parameter; moves the buffers."""
         member, work = job.member, job.work.clock.dtype
         buffers = [member.local(name).view(-1) for name in self.matrix_buffers]
@@ -606,7 +513,7 @@ class MatrixOptimizer(ExtOptimizer):
             write_state(some, new, job.work.proceed, some_of(rounding, begin, end))
         return x.view(member.grad.shape)
 
-    def _apply(self, job: _Job, weights: torch.Tensor, update: torch.Tensor, scale: float) -> None:
+    def _apply(self, job: Job, weights: torch.Tensor, update: torch.Tensor, scale: float) -> None:
         """
         Decay and step.
 
@@ -625,7 +532,7 @@ class MatrixOptimizer(ExtOptimizer):
                 *(job.work.proceed, bool(group["cautious_weight_decay"])),
             )
 
-    def _empty_on_wire(self, job: _Job) -> torch.Tensor:
+    def _empty_on_wire(self, job: Job) -> torch.Tensor:
         grad = job.member.grad
         return grad.new_empty(0, dtype=self.wire_dtype(job.work.clock.dtype, grad.device))
 
@@ -657,22 +564,18 @@ class MatrixOptimizer(ExtOptimizer):
 class _Shards:
     """What owners need of each parameter, computed when it is first asked for, and then dropped."""
 
-    def __init__(self, optim: MatrixOptimizer, items: Sequence[_Item]):
+    def __init__(self, optim: MatrixOptimizer, items: Sequence[Item]):
         self._optim = optim
         self._uses = Counter(id(job) for job, _ in items)
         self._ready: Dict[int, torch.Tensor] = {}
 
-    def take(self, job: _Job) -> torch.Tensor:
+    def take(self, job: Job) -> torch.Tensor:
         """The local part as ``(rows, cols)``, once for each matrix of the parameter."""
         key = id(job)
         if key not in self._ready:
             self._ready[key] = job.view(self._optim._on_shards(job))
         self._uses[key] -= 1
         return self._ready[key] if self._uses[key] else self._ready.pop(key)
-
-
-def _items(jobs: Sequence[_Job]) -> List[_Item]:
-    return [(job, k) for job in jobs for k in range(len(job.plan.blocks))]
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
