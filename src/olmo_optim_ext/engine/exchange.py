@@ -23,8 +23,8 @@ __all__ = [
 
 BUCKET_BYTES = 64 * 2**20
 """
-How many bytes a rank sends and receives at the most in one exchange, together; a matrix that is
-larger than half of it goes alone.
+How many bytes a rank sends and receives at the most in one exchange, together. Of matrices that are
+larger than half of it, each owner has one at a time.
 """
 
 
