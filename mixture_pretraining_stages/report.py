@@ -7,12 +7,18 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from rich.table import Table
 
+from olmo_optim_ext.engine.roles import Role
+from olmo_optim_ext.training import matrix_metric
+
 from .callbacks import LEARNING_RATE, LOSS
 from .evaluation import EVALUATOR
 
 __all__ = ["draw_curves", "validation", "validation_table"]
 
 Rows = List[Dict[str, Any]]
+
+MEASURES = ("relative effective rank", "orthogonality error", "update RMS", "noise scale")
+"""Of what an optimizer for matrices reports, what has a curve for each role."""
 
 
 def validation(rows: Rows, source: str, metric: str) -> List[Tuple[int, float]]:
@@ -55,20 +61,34 @@ def validation_table(
     return table
 
 
+def _of_roles(rows: Rows, measure: str) -> Dict[str, List[Tuple[int, float]]]:
+    """By role, ``(tokens, value)`` of each step in which the optimizer reported a measure."""
+    keys = {str(role): matrix_metric(measure, role) for role in Role}
+    curves = {
+        role: [(row["tokens"], row[key]) for row in rows if key in row]
+        for role, key in keys.items()
+    }
+    return {role: points for role, points in curves.items() if points}
+
+
 def draw_curves(
     rows: Rows, stages: Sequence[Tuple[str, int]], sources: Sequence[str], title: str, path: Path
 ) -> None:
     """
-    Loss and learning rate against tokens.
+    Loss and learning rate against tokens, and what was recorded of the optimizer, by role.
 
     :param stages: Name and last token of each stage.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    measures = {measure: curves for measure in MEASURES if (curves := _of_roles(rows, measure))}
+    figure = Figure(figsize=(9, 6 + 1.5 * len(measures)), layout="constrained")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    panels = figure.subplots(
+        2 + len(measures), 1, sharex=True, height_ratios=[3, *[1] * (1 + len(measures))]
+    )
+    upper, lower = panels[:2]
     train = [(row["tokens"], row[LOSS]) for row in rows if LOSS in row]
     if train:
         upper.plot(*zip(*train), color="0.75", linewidth=1, label="train")
@@ -77,17 +97,22 @@ def draw_curves(
             upper.plot(*zip(*points), marker="o", markersize=4, label=f"validation: {source}")
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(title)
-    upper.grid(alpha=0.3)
     if upper.has_data():
         upper.legend()
     rates = [(row["tokens"], row[LEARNING_RATE]) for row in rows if LEARNING_RATE in row]
     if rates:
         lower.plot(*zip(*rates), color="tab:gray")
     lower.set_ylabel("learning rate")
-    lower.set_xlabel("tokens")
-    lower.grid(alpha=0.3)
+    for axes, (measure, curves) in zip(panels[2:], measures.items()):
+        for role, points in curves.items():
+            axes.plot(*zip(*points), marker=".", markersize=4, linewidth=1, label=role)
+        axes.set_ylabel(measure.replace("relative ", "relative\n"))
+        axes.legend(fontsize="small")
+    panels[-1].set_xlabel("tokens")
+    for axes in panels:
+        axes.grid(alpha=0.3)
     for name, last_token in stages:
-        for axes in (upper, lower):
+        for axes in panels:
             axes.axvline(last_token, color="0.5", linestyle=":", linewidth=1)
         upper.annotate(
             name,

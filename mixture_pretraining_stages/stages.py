@@ -46,7 +46,7 @@ from yaml import YAMLError
 
 from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import BadBatchCallback
+from olmo_optim_ext.training import BadBatchCallback, MatrixMetricsCallback
 
 from . import checkpoints
 from .callbacks import (
@@ -71,7 +71,8 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = frozenset(
     {
         *("name", "output", "cache", "wandb", "comet", "parallelism", "rank_microbatch_size"),
-        *("evaluation", "checkpoint", "compile", "activation_checkpointing"),
+        *("evaluation", "checkpoint", "optimizer_metrics"),
+        *("compile", "activation_checkpointing"),
     }
 )
 """Keys whose values may change when a run continues: they do not say what is trained on what."""
@@ -329,6 +330,10 @@ class Run:
         }
         if isinstance(train_module.optim, ExtOptimizer):
             callbacks["bad_batches"] = BadBatchCallback()
+        if (metrics := spec.optimizer_metrics) is not None:
+            callbacks["matrix_metrics"] = MatrixMetricsCallback(
+                interval=metrics.every, per_layer=metrics.per_layer
+            )
         run_name = f"{spec.name}-{name}"
         if spec.wandb is not None:
             _require_package("wandb")

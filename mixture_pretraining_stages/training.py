@@ -27,6 +27,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
+from olmo_optim_ext.config import MatrixOptimConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
 from .sources import SourceSpec
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointSpec",
     "EvaluationSpec",
     "JolmoModel",
+    "OptimizerMetricsSpec",
     "ParallelismSpec",
     "StageSpec",
     "load_spec",
@@ -102,6 +104,16 @@ class CheckpointSpec:
 
 
 @dataclass
+class OptimizerMetricsSpec:
+    """What an optimizer for matrices reports of them: see ``MatrixMetricsCallback``."""
+
+    every: int = 50
+    """In steps."""
+    per_layer: bool = True
+    """Also each parameter on its own, beside the means over roles."""
+
+
+@dataclass
 class JolmoModel:
     """
     The spec of a pretraining experiment.
@@ -138,6 +150,8 @@ class JolmoModel:
     parallelism: ParallelismSpec = field(default_factory=ParallelismSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    optimizer_metrics: Optional[OptimizerMetricsSpec] = None
+    """Record what an optimizer for matrices does to them; ``null`` records nothing."""
     wandb: Optional[Dict[str, Any]] = None
     """Fields of OLMo-core's ``WandBCallback``."""
     comet: Optional[Dict[str, Any]] = None
@@ -175,7 +189,20 @@ class JolmoModel:
         )
         self._check_batch(world_size)
         self.optimizer_config()
+        self._check_optimizer_metrics()
         self.scheduler_config()
+
+    def _check_optimizer_metrics(self) -> None:
+        asked = self.optimizer_metrics
+        if asked is None:
+            return
+        _require(asked.every >= 1, "optimizer_metrics.every", asked.every, "an integer >= 1")
+        if not isinstance(self.optimizer_config(), MatrixOptimConfig):
+            known = [n for n in list_optimizers() if optimizer_info(n).family == "matrix"]
+            raise OLMoConfigurationError(
+                f"optimizer_metrics: the optimizer {self.optimizer['name']!r} has no rule for "
+                f"matrices, allowed is null, or one of {', '.join(known)}"
+            )
 
     def _check_stages(self) -> None:
         _require(bool(self.sources), "sources", self.sources, "at least one source")

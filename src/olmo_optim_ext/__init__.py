@@ -14,25 +14,52 @@ from .elementwise.adamw import AdamW, AdamWConfig
 from .elementwise.cautious_adamw import CautiousAdamW, CautiousAdamWConfig
 from .elementwise.nadamw import NAdamW, NAdamWConfig, NesterovForm
 from .engine.roles import ParamRole, Role
-from .linalg.polar import PolarMethod
-from .matrix.muon import LRScaling, Muon, MuonConfig
+from .linalg.orthonormal import Orthonormalization
+from .linalg.polar import PolarForm, PolarMethod
+from .matrix.dion import Dion, DionConfig, OrthonormalSide
+from .matrix.muon import Muon, MuonConfig
+from .matrix.muon_family import LRScaling
+from .matrix.muon_isotropic import MuonIsotropic, MuonIsotropicConfig
+from .matrix.muon_nolah import GradientGate, MuonNolah, MuonNolahConfig
+from .matrix.muon_orthonoise import MuonOrthoNoise, MuonOrthoNoiseConfig
+from .matrix.noise import AlphaAnnealing
+from .matrix.nor_muon import NorMuon, NorMuonConfig
+from .matrix.scion import Scion, ScionConfig, ScionNorm
 
 __all__ = [
     "AdamW",
     "AdamWConfig",
+    "AlphaAnnealing",
     "CautiousAdamW",
     "CautiousAdamWConfig",
+    "GradientGate",
+    "Dion",
+    "DionConfig",
     "LRScaling",
+    "OrthonormalSide",
+    "Orthonormalization",
     "Muon",
     "MuonConfig",
+    "MuonIsotropic",
+    "MuonIsotropicConfig",
+    "MuonNolah",
+    "MuonNolahConfig",
+    "MuonOrthoNoise",
+    "MuonOrthoNoiseConfig",
     "NAdamW",
     "NAdamWConfig",
     "NesterovForm",
+    "NorMuon",
+    "NorMuonConfig",
     "OptimizerInfo",
     "ParamRole",
+    "PolarForm",
     "PolarMethod",
     "Preset",
     "Role",
+    "Scion",
+    "ScionConfig",
+    "ScionNorm",
     "get_config_class",
     "list_optimizers",
     "optimizer_info",

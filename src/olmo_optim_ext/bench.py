@@ -44,7 +44,7 @@ from torch.optim.optimizer import Optimizer
 
 from .catalog import OptimizerInfo, closest, list_optimizers, optimizer_info
 from .engine.elementwise import forget_compiled
-from .engine.matrix import ALGORITHM, MatrixOptimizer
+from .engine.matrix_base import ALGORITHM, MatrixBase
 from .linalg.polar import newton_schulz_flops, polar, uses_gram_form
 
 __all__ = [
@@ -325,7 +325,7 @@ def _ours(info: OptimizerInfo, model: nn.Module, compiled: bool) -> Optimizer:
 
 def _matrix_names(model: nn.Module, optim: Optimizer) -> List[str]:
     """The parameters that follow the matrix rule."""
-    if not isinstance(optim, MatrixOptimizer):
+    if not isinstance(optim, MatrixBase):
         return []
     groups = [g for g in optim.param_groups if g[ALGORITHM] == optim.algorithm]
     ids = {id(param) for group in groups for param in group["params"]}
@@ -333,7 +333,7 @@ def _matrix_names(model: nn.Module, optim: Optimizer) -> List[str]:
 
 
 def _matrix_flops(model: nn.Module, optim: Optimizer) -> float:
-    if not isinstance(optim, MatrixOptimizer):
+    if not isinstance(optim, MatrixBase):
         return 0.0
     params = dict(model.named_parameters())
     return float(sum(optim.cost(*params[n].shape) for n in _matrix_names(model, optim)))

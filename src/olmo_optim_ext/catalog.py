@@ -12,7 +12,13 @@ from .config import ExtOptimConfig
 from .elementwise.adamw import AdamWConfig
 from .elementwise.cautious_adamw import CautiousAdamWConfig
 from .elementwise.nadamw import NAdamWConfig
+from .matrix.dion import DionConfig
 from .matrix.muon import MuonConfig
+from .matrix.muon_isotropic import MuonIsotropicConfig
+from .matrix.muon_nolah import MuonNolahConfig
+from .matrix.muon_orthonoise import MuonOrthoNoiseConfig
+from .matrix.nor_muon import NorMuonConfig
+from .matrix.scion import ScionConfig
 
 __all__ = [
     "OptimizerInfo",
@@ -65,6 +71,9 @@ class OptimizerInfo:
     exchange: str
     """What a rank sends in a step, beside what the data parallelism itself sends."""
 
+    factors: str = ""
+    """State of a matrix beside these, in words; empty if there is none."""
+
     needs: Tuple[str, ...] = ()
     """What must drive it beside gradients."""
 
@@ -76,6 +85,24 @@ _SWEEP = (
     "implementation"
 )
 _SETTING = "130M, {} Chinchilla, batch 128 x 4096 tokens"
+
+_WHOLE_MATRICES = (
+    "with sharded rows each matrix element once to its owner and once back: 2 x its share of the "
+    "matrix bytes"
+)
+
+_NOISE: Mapping[str, Any] = dict(
+    family="matrix",
+    paper="project-muon-nolah (code, no paper)",
+    state_bytes_per_param=4,
+    factors=(
+        "a count; with rank_threshold 8 KiB at most; with persist_noise 4 bytes an element; on "
+        "owners only"
+    ),
+    exchange="8 bytes a matrix in an all-reduce, and "
+    + _WHOLE_MATRICES
+    + "; nothing under DDP, where each rank computes all",
+)
 
 _ROWS = (
     OptimizerInfo(
@@ -139,8 +166,7 @@ _ROWS = (
         summary="Orthogonalised momentum for matrices, AdamW for the rest",
         paper="kellerjordan.github.io/posts/muon; arXiv:2502.16982",
         state_bytes_per_param=4,
-        exchange="with sharded rows each matrix element once to its owner and once back: 2 x its "
-        "share of the matrix bytes; under DDP its share of the updates once",
+        exchange=_WHOLE_MATRICES + "; under DDP its share of the updates once",
         presets=(
             Preset(
                 _SETTING.format("8x"),
@@ -156,6 +182,94 @@ _ROWS = (
                 _SWEEP + "; it clips the gradients of the AdamW half only",
             ),
         ),
+    ),
+    OptimizerInfo(
+        name="ext_dion",
+        config_class=DionConfig,
+        family="matrix",
+        summary="Momentum, orthonormalised in a subspace of a chosen rank that follows it",
+        paper="arXiv:2504.05295",
+        state_bytes_per_param=4,
+        factors="4 r bytes for each unit of the side that is not orthonormalised",
+        exchange="with sharded rows and r columns, for each unit of the side that both products "
+        "share: 2 x 4 r bytes, and 2 x 4 r bytes for each row of its own where outputs are "
+        "orthonormalised, then 4 r more of the basis; never the matrix; under DDP its share of "
+        "both factors",
+    ),
+    OptimizerInfo(
+        name="ext_nor_muon",
+        config_class=NorMuonConfig,
+        family="matrix",
+        summary="Muon with rows of like size, by a second moment of each neuron",
+        paper="arXiv:2510.05491",
+        state_bytes_per_param=4,
+        factors="4 bytes a row",
+        exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
+    ),
+    OptimizerInfo(
+        name="scion",
+        config_class=ScionConfig,
+        family="matrix",
+        summary="Steps to the border of a norm ball, with a norm for each role",
+        paper="arXiv:2502.07529",
+        state_bytes_per_param=4,
+        exchange=_WHOLE_MATRICES
+        + "; under DDP its share of the updates once; 8 bytes a vector, in one all-reduce",
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {
+                    "lr": 0.0016,
+                    "momentum": 0.05,
+                    "spectral_scale": 10.0,
+                    "spectral_max": True,
+                    "polar_steps": 10,
+                    "group_overrides": [
+                        {
+                            "params": ["lm_head.w_out.weight"],
+                            "opts": {"lr": 0.00032, "radius": 10.0, "fan_in": 1},
+                        },
+                        {
+                            "params": ["embeddings.weight", "*norm.weight"],
+                            "opts": {
+                                "norm": "sign",
+                                "lr": 0.0032,
+                                "radius": 1.0,
+                                "fan_in": 1,
+                                "constrained": False,
+                            },
+                        },
+                    ],
+                },
+                _SWEEP
+                + ": learning rate 0.016, a fifth of it for signs, weight decay 0.1, but none "
+                "of embeddings and gains; it clips the gradients of the sign half only. Names are "
+                "those of OLMo-core's Transformer, not tied",
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="muon_orthonoise",
+        config_class=MuonOrthoNoiseConfig,
+        summary="Muon with orthogonal noise on momentum of low rank; an experiment",
+        **_NOISE,
+    ),
+    OptimizerInfo(
+        name="muon_isotropic",
+        config_class=MuonIsotropicConfig,
+        summary="The control of muon_orthonoise: Gaussian noise of the same norm",
+        **_NOISE,
+    ),
+    OptimizerInfo(
+        name="muon_nolah",
+        config_class=MuonNolahConfig,
+        family="matrix",
+        summary="Muon with gated gradients and damped momentum, a baseline for ablations",
+        paper="project-muon-nolah (code, no paper)",
+        state_bytes_per_param=4,
+        exchange="96 KiB a matrix in three all-reduces, and "
+        + _WHOLE_MATRICES
+        + "; under DDP its share of the updates once",
     ),
 )
 

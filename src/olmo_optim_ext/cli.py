@@ -70,8 +70,9 @@ def show(name: str = typer.Argument(help="A name of `olmo-optim list`.")) -> Non
     """
     info = optimizer_info(name)
     console.print(f"[bold]{info.name}[/bold]: {info.summary}. {info.paper}", highlight=False)
+    factors = f", and of each matrix {info.factors}" if info.factors else ""
     console.print(
-        f"State: {info.state_bytes_per_param:g} bytes per parameter. "
+        f"State: {info.state_bytes_per_param:g} bytes per parameter{factors}. "
         f"Sent per step and rank: {info.exchange}.",
         highlight=False,
     )

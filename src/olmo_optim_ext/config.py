@@ -14,8 +14,7 @@ from typing import (
     FrozenSet,
     Generic,
     List,
-    Optional,
-    Tuple,
+    Mapping,
     Type,
     TypeVar,
 )
@@ -30,7 +29,7 @@ from olmo_core.utils import move_to_device
 from .engine.base import CALLS, ExtOptimizer
 from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
 from .engine.layout import MatrixLayout
-from .engine.matrix import ALGORITHM, MatrixOptimizer
+from .engine.matrix_base import ALGORITHM, MatrixBase
 from .engine.placement import data_parallel_group
 from .engine.roles import (
     ParamRole,
@@ -125,7 +124,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                     to_flag(value, field.name, owner)
                 elif issubclass(kind, Enum):
                     setattr(self, field.name, to_choice(kind, value, field.name, owner))
-        check_hyperparameters(self.hyperparameters(), owner)
+        check_hyperparameters(self.hyperparameters(), owner, self.optimizer().allowed)
 
     def hyperparameters(self) -> Dict[str, Any]:
         """The keywords of the optimizer."""
@@ -135,10 +134,14 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
     def optimizer(cls) -> Type[Opt]:
         raise NotImplementedError
 
-    def algorithm_of(self, row: ParamRole) -> Optional[str]:
-        """Which rule a parameter follows; ``None`` where the optimizer has only one."""
-        del row
-        return None
+    def group_fields(self, row: ParamRole, opts: Mapping[str, Any]) -> Dict[str, Any]:
+        """
+        Fields of a parameter's group that follow from its role.
+
+        :param opts: What ``group_overrides`` says of the parameter.
+        """
+        del row, opts
+        return {}
 
     def roles(self, model: nn.Module, strict: bool = True) -> Dict[str, ParamRole]:
         """The role of each trainable parameter by canonical name, overrides applied."""
@@ -175,15 +178,11 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
         groups: Dict[Any, Dict[str, Any]] = {}
         for name, param in params.items():
             opts = overrides.get(name, {})
-            algorithm = self.algorithm_of(rows[name])
-            group = groups.setdefault(
-                (id(opts) if opts else None, algorithm),
-                {"params": [], **opts},
-            )
-            if algorithm is not None:
-                group[ALGORITHM] = algorithm
-                for key in self.MODEL_OPTIONS:  # they have their effect here
-                    group.pop(key, None)
+            fields = self.group_fields(rows[name], opts)
+            # Model options have their effect here.
+            own = {key: value for key, value in opts.items() if key not in self.MODEL_OPTIONS}
+            key = (id(opts) if opts else None, *fields.items())
+            group = groups.setdefault(key, {"params": [], **fields, **own})
             group["params"].append((name, param))
         return list(groups.values())
 
@@ -271,30 +270,15 @@ def _let_config_win(optim: ExtOptimizer) -> None:
     optim.register_load_state_dict_post_hook(restore)
 
 
-MatrixOpt = TypeVar("MatrixOpt", bound=MatrixOptimizer)
+MatrixOpt = TypeVar("MatrixOpt", bound=MatrixBase)
 
 
 @dataclass
 class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
     """
-    Base class of the configs of optimizers with a rule for matrices, which leave embeddings, head
-    and vectors to AdamW. ``group_overrides`` may set the ``role`` of parameters.
+    Base class of the configs of optimizers with a rule for matrices, which leave other parameters
+    to simpler rules. ``group_overrides`` may set the ``role`` of parameters.
     """
-
-    adamw_lr: Optional[float] = None
-    """
-    Learning rate of the parameters that follow AdamW, >= 0. ``None`` takes ``lr``, as OLMo-core's
-    ``MuonConfig`` does.
-    """
-
-    adamw_betas: Tuple[float, ...] = (0.9, 0.95)
-    """Of these parameters, two numbers in [0, 1). As in OLMo-core's ``MuonConfig``."""
-
-    adamw_eps: float = 1e-8
-    """Of these parameters, >= 0. As in ``torch.optim.AdamW``."""
-
-    adamw_weight_decay: Optional[float] = None
-    """Of these parameters, >= 0. ``None`` takes ``weight_decay``, as in arXiv:2502.16982."""
 
     row_blocks: RowBlocks = RowBlocks.whole
     """
@@ -320,17 +304,24 @@ class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
         """Whether the matrix rule also takes the head."""
         return False
 
-    def algorithm_of(self, row: ParamRole) -> Optional[str]:
+    def algorithm_of(self, row: ParamRole, opts: Mapping[str, Any]) -> str:
+        """Which rule a parameter follows."""
+        del opts
         optimizer = self.optimizer()
         takes = {Role.matrix, Role.experts} | ({Role.head} if self.takes_head() else set())
         if row.role not in takes:
-            return optimizer.leftover_algorithm
-        if row.layout is None:
+            (leftover,) = optimizer.leftover_rules
+            return leftover
+        return optimizer.algorithm
+
+    def group_fields(self, row: ParamRole, opts: Mapping[str, Any]) -> Dict[str, Any]:
+        algorithm = self.algorithm_of(row, opts)
+        if algorithm == self.optimizer().algorithm and row.layout is None:
             raise OLMoConfigurationError(
                 f"{_name(self)}: parameter '{row.name}' of shape {row.shape} has the role "
                 f"'{row.role}', allowed are parameters that store matrices"
             )
-        return optimizer.algorithm
+        return {ALGORITHM: algorithm}
 
     def of_model(self, model: nn.Module, strict: bool = True) -> Dict[str, Any]:
         replicas = data_parallel_group(model) if self.share_replicas else None
@@ -341,8 +332,9 @@ class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
         overrides = self._overrides(model, strict)
         out = {}
         for name, row in self._roles(model, overrides).items():
-            asked = overrides.get(name, {}).get("row_blocks")
-            if self.algorithm_of(row) == self.optimizer().algorithm:
+            opts = overrides.get(name, {})
+            asked = opts.get("row_blocks")
+            if self.group_fields(row, opts)[ALGORITHM] == self.optimizer().algorithm:
                 out[name] = layout_of(row, self.row_blocks if asked is None else asked)
             elif asked is not None:
                 raise OLMoConfigurationError(

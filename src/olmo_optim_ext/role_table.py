@@ -11,7 +11,7 @@ import torch.nn as nn
 from olmo_core.optim import INITIAL_LR_FIELD, OptimConfig
 
 from .config import ExtOptimConfig, MatrixOptimConfig
-from .engine.matrix import ALGORITHM, MatrixOptimizer
+from .engine.matrix_base import ALGORITHM, MatrixBase
 from .engine.roles import classify, named_trainable_parameters
 
 __all__ = ["RoleRow", "role_table", "to_json", "to_text"]
@@ -29,8 +29,8 @@ class RoleRow:
     """Before the schedule."""
     weight_decay: float
     path: str
-    """How the whole matrix is had: ``local``, ``rows``, ``broadcast``,
-    ``redistribute``; ``-`` if it is not."""
+    """How the matrix is had: ``local``, ``rows``, ``broadcast``, ``redistribute``, ``thin``;
+    ``-`` if it is not."""
     matrices: int
     """How many matrices it stores for the rule; 0 if it follows none for matrices."""
     owners: Tuple[int, ...]
@@ -46,7 +46,7 @@ def role_table(
     :param config: The config that built ``optim`` for ``model``.
     """
     roles = config.roles(model) if isinstance(config, ExtOptimConfig) else classify(model)
-    placements = optim.placements() if isinstance(optim, MatrixOptimizer) else {}
+    placements = optim.placements() if isinstance(optim, MatrixBase) else {}
     layouts = config.layouts(model) if isinstance(config, MatrixOptimConfig) else {}
     groups = {id(p): group for group in optim.param_groups for p in group["params"]}
     own = str(type(config).registered_name)

@@ -97,7 +97,8 @@ def test_bytes_and_flops_follow_from_the_model(result: BenchResult):
     assert rows[FOREACH].bytes_moved == 7 * 4 * n + 2 * 4 * tensors
     assert 0 <= rows["ext_adamw"].bytes_moved - rows[FOREACH].bytes_moved <= 2**15
     matrices = {s: k for s, k in result.model["shapes"].items() if "x" in s and "64" not in s}
-    flops = sum(newton_schulz_flops(*map(int, s.split("x"))) * k for s, k in matrices.items())
+    sides = [(*map(int, s.split("x")), k) for s, k in matrices.items()]
+    flops = sum(newton_schulz_flops(n_rows, n_cols) * k for n_rows, n_cols, k in sides)
     assert flops > 0
     assert rows["ext_muon"].flops == rows[TORCH_MUON].flops == flops
     assert rows["ext_adamw"].flops == rows[FUSED].flops == 0

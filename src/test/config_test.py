@@ -33,7 +33,7 @@ from olmo_optim_ext import (
 )
 from olmo_optim_ext.config import ExtOptimConfig
 
-from .optim.cases import MixedShapes, train, weights
+from .optim.case import MixedShapes, train, weights
 
 CONFIGS = [AdamWConfig, NAdamWConfig, CautiousAdamWConfig, MuonConfig]
 

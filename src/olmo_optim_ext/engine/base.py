@@ -14,6 +14,7 @@ from enum import Enum
 from typing import (
     Any,
     Callable,
+    ClassVar,
     Dict,
     List,
     Mapping,
@@ -33,7 +34,7 @@ from olmo_core.optim import SkipStepOptimizer
 from torch.distributed.tensor import DTensor
 
 from .gate import GATE_STATE, all_finite, decide, gate_state
-from .hyperparameters import check_hyperparameters, to_flag
+from .hyperparameters import Allowed, check_hyperparameters, to_flag
 
 __all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
 
@@ -113,6 +114,9 @@ class ExtOptimizer(SkipStepOptimizer):
 
     :raises OLMoConfigurationError: If a hyperparameter of any group is unknown or out of its range.
     """
+
+    allowed: ClassVar[Mapping[str, Allowed]] = {}
+    """For hyperparameters that mean something else here than elsewhere, what is allowed."""
 
     def __init__(
         self,
@@ -229,7 +233,7 @@ class ExtOptimizer(SkipStepOptimizer):
                 )
             group[key] = _plain(group[key])
         values = {**self.defaults, **group}
-        check_hyperparameters(values, type(self).__name__)
+        check_hyperparameters(values, type(self).__name__, self.allowed)
         to_flag(values["cautious_weight_decay"], "cautious_weight_decay", type(self).__name__)
         self.check_group(values)
 

@@ -4,7 +4,8 @@ so that memory and work are divided among the ranks; in a checkpoint divided eve
 it, so that any other number of ranks can read it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -33,6 +34,18 @@ class FactorPlan:
 
     group: Optional[dist.ProcessGroup] = None
 
+    by_rows: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    """
+    Factors whose rows are not the owner's, but shared by the ranks: for each matrix how many of
+    them each rank has, in the order of ranks.
+    """
+
+    grid: Sequence[Sequence[Tuple[int, int]]] = ()
+    """
+    Where parameters are divided over several dimensions of a mesh: for each rank of the group the
+    size of each of these dimensions, and its place in it.
+    """
+
     @property
     def names(self) -> List[str]:
         return list(dict.fromkeys(name for shapes in self.shapes for name in shapes))
@@ -41,33 +54,66 @@ class FactorPlan:
         shape = self.shapes[matrix].get(name)
         return 0 if shape is None else int(torch.Size(shape).numel())
 
-    def _offsets(self, name: str, owner: Optional[int]) -> Dict[int, Tuple[int, int]]:
-        """First and last element of each matrix, among those of an owner or of all."""
+    def _part(self, name: str, matrix: int, rank: Optional[int]) -> Optional[Tuple[int, int]]:
+        """
+        Begin and end of the elements of a factor that a rank has, if it has any part; for ``None``
+        of all elements.
+        """
+        n = self._numel(name, matrix)
+        if rank is None or self.group is None:
+            return 0, n
+        if name in self.by_rows:
+            rows_on = self.by_rows[name][matrix]
+            n //= max(sum(rows_on), 1)
+            return sum(rows_on[:rank]) * n, sum(rows_on[: rank + 1]) * n
+        return (0, n) if self.owners[matrix] == rank else None
+
+    def _offsets(self, name: str, rank: Optional[int]) -> Dict[int, Tuple[int, int, int]]:
+        """
+        For each matrix of which a rank has a part, or for all, where that begins among what the
+        rank has, and its first and last element.
+        """
         out, offset = {}, 0
         for matrix in range(len(self.shapes)):
-            if owner is None or self.owners[matrix] == owner:
-                n = self._numel(name, matrix)
-                out[matrix] = (offset, offset + n)
-                offset += n
+            if (part := self._part(name, matrix, rank)) is not None:
+                out[matrix] = (offset, *part)
+                offset += part[1] - part[0]
         return out
 
     @property
     def _rank(self) -> Optional[int]:
         return dist.get_rank(self.group) if self.group is not None else None
 
+    def holds(self, matrix: int) -> bool:
+        """Whether this rank has the factors of a matrix, but for those shared by rows."""
+        return self.group is None or self.owners[matrix] == self._rank
+
     def new(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Zeros for the factors of a name that this rank holds."""
-        offsets = self._offsets(name, self._rank)
-        n = max((end for _, end in offsets.values()), default=0)
-        return torch.zeros(n, dtype=dtype, device=device)
+        parts = self._offsets(name, self._rank).values()
+        return torch.zeros(sum(end - begin for _, begin, end in parts), dtype=dtype, device=device)
 
     def views(self, state: Mapping[str, torch.Tensor], matrix: int) -> Dict[str, torch.Tensor]:
-        """The factors of a matrix that this rank holds, views of its state."""
+        """What this rank holds of the factors of a matrix, views of its state."""
         out = {}
         for name, shape in self.shapes[matrix].items():
-            begin, end = self._offsets(name, self._rank)[matrix]
-            out[name] = state[name][begin:end].view(shape)
+            offsets = self._offsets(name, self._rank)
+            if matrix in offsets:
+                offset, begin, end = offsets[matrix]
+                held = state[name][offset : offset + end - begin]
+                out[name] = held.view(self._held_shape(name, shape, end - begin))
         return out
+
+    def held_part(self, name: str, matrix: int, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank holds of a whole factor, shaped as :meth:`views` has it."""
+        part = self._part(name, matrix, self._rank)
+        assert part is not None
+        held = whole.reshape(-1)[slice(*part)]
+        return held.view(self._held_shape(name, whole.shape, held.numel()))
+
+    def _held_shape(self, name: str, shape: Shape, numel: int) -> Shape:
+        row = math.prod(shape[1:])
+        return (numel // row, *shape[1:]) if name in self.by_rows else tuple(shape)
 
     def numel(self, name: str) -> int:
         """Elements of the factors of all matrices."""
@@ -88,8 +134,8 @@ class FactorPlan:
             chunk[begin:end] = received[offset : offset + end - begin]
             offset += end - begin
         assert isinstance(param, DTensor)
-        (dim,) = sharding_dims(param)
-        placements = [Shard(0) if d == dim else Replicate() for d in range(param.device_mesh.ndim)]
+        dims = sharding_dims(param)
+        placements = [Shard(0) if d in dims else Replicate() for d in range(param.device_mesh.ndim)]
         return DTensor.from_local(
             chunk,
             param.device_mesh,
@@ -117,22 +163,28 @@ class FactorPlan:
 
     def _chunk(self, name: str, rank: int) -> Tuple[int, int]:
         assert self.group is not None
-        return row_range(self.numel(name), dist.get_world_size(self.group), rank)
+        first, n = 0, self.numel(name)
+        for size, place in (
+            self.grid[rank] if self.grid else [(dist.get_world_size(self.group), rank)]
+        ):
+            offset, n = row_range(n, size, place)
+            first += offset
+        return first, n
 
-    def _segments(self, name: str, owner: int, rank: int) -> List[Tuple[int, int, int]]:
-        """What an owner holds of a rank's chunk: begin there, begin in the chunk, length."""
+    def _segments(self, name: str, holder: int, rank: int) -> List[Tuple[int, int, int]]:
+        """What one rank holds of another's chunk: begin there, begin in the chunk, length."""
         first, n = self._chunk(name, rank)
-        everywhere, held = self._offsets(name, None), self._offsets(name, owner)
+        everywhere, held = self._offsets(name, None), self._offsets(name, holder)
         out = []
-        for matrix, (begin_held, _) in held.items():
-            begin, end = everywhere[matrix]
-            low, high = max(begin, first), min(end, first + n)
+        for matrix, (offset, begin, end) in held.items():
+            start = everywhere[matrix][0] + begin  # among the elements of all matrices
+            low, high = max(start, first), min(start + end - begin, first + n)
             if low < high:
-                out.append((begin_held + low - begin, low - first, high - low))
+                out.append((offset + low - start, low - first, high - low))
         return out
 
     def _sent(self, name: str) -> List[List[Tuple[int, int]]]:
-        """For each rank the ranges of what this owner holds that belong to that rank's chunk."""
+        """For each rank the ranges of what this rank holds that belong to that rank's chunk."""
         assert self.group is not None
         me = dist.get_rank(self.group)
         return [
@@ -141,12 +193,12 @@ class FactorPlan:
         ]
 
     def _received(self, name: str) -> List[List[Tuple[int, int]]]:
-        """For each owner the ranges of this rank's chunk that the owner holds."""
+        """For each rank the ranges of this rank's chunk that that one holds."""
         assert self.group is not None
         me = dist.get_rank(self.group)
         return [
-            [(chunk, chunk + n) for _, chunk, n in self._segments(name, owner, me)]
-            for owner in range(dist.get_world_size(self.group))
+            [(chunk, chunk + n) for _, chunk, n in self._segments(name, holder, me)]
+            for holder in range(dist.get_world_size(self.group))
         ]
 
     def _exchange(self, name: str, send: torch.Tensor, to_owners: bool) -> torch.Tensor:

@@ -9,6 +9,7 @@ bucket, another one is on its way.
 from collections import Counter
 from typing import (
     Any,
+    Callable,
     ClassVar,
     Dict,
     Iterator,
@@ -20,17 +21,15 @@ from typing import (
     Tuple,
 )
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import get_local_tensor
-from olmo_core.exceptions import OLMoConfigurationError
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
-from .elementwise import ElementwiseRule, apply_rule
+from .base import CALLS, STEP, GroupWork
 from .exchange import (
-    BUCKET_BYTES,
     Broadcast,
     BroadcastExchange,
     Bucket,
@@ -39,23 +38,15 @@ from .exchange import (
     Transfer,
     assign_owners,
 )
-from .factors import FactorPlan, Shape
+from .factors import FactorPlan
+from .host import HostMirror
 from .layout import MatrixLayout
+from .matrix_base import ALGORITHM, MatrixBase, MatrixOptions
 from .placement import Path, gather_whole, local_part, placing_of
 from .plan import Item, Job, Plan, items_of
-from .write import chunks, rounding_of, some_of, write_state, write_weights
+from .write import chunks, some_of, write_state
 
 __all__ = ["ALGORITHM", "MatrixOptimizer", "MatrixOptions", "Owned"]
-
-ALGORITHM = "algorithm"
-"""Param-group key: which rule the parameters of a group follow."""
-
-
-class MatrixOptions(EngineOptions, total=False):
-    """Keywords that all optimizers for matrices take; see :class:`MatrixOptimizer`."""
-
-    layouts: Optional[Mapping[str, MatrixLayout]]
-    replicas: Optional[dist.ProcessGroup]
 
 
 class Owned(NamedTuple):
@@ -76,62 +67,63 @@ class Owned(NamedTuple):
     names: Tuple[str, ...]
     """Canonical names; of a parameter with several matrices ``name[index]``."""
 
+    numbers: Optional[torch.Tensor]
+    """What :meth:`MatrixOptimizer.measure` returned for them, ``(k, s)``."""
 
-class MatrixOptimizer(ExtOptimizer):
+    on_host: Sequence[Dict[str, np.ndarray]]
+    """For each the :data:`MatrixOptimizer.host_factors`, as they were before this step."""
+
+
+class MatrixOptimizer(MatrixBase):
     """
-    An optimizer with a rule for whole matrices, and an elementwise rule for what that leaves:
-    embeddings, head and vectors. Which of them a group follows is its ``algorithm``:
-    :data:`algorithm` or :data:`leftover_algorithm`.
-
-    A rule may keep factors of each matrix (:meth:`factor_shapes`), which only the owner has. Then
-    ``state_dict()`` and ``load_state_dict()`` are collective where parameters are sharded: DCP
-    calls them on all ranks.
-
-    :param layouts: By canonical name, the matrices that a parameter stores; one if it is not named.
-    :param replicas: The ranks that hold plain parameters alike, as under DDP, and share the work on
-        their matrices; ``None`` if each rank computes all. A rule with factors computes all on each
-        rank, as its state must not differ.
+    An optimizer with a rule that needs whole matrices.
     """
 
-    algorithm: ClassVar[str]
-    leftover_algorithm: ClassVar[str] = "adamw"
-    leftover_rule: ClassVar[ElementwiseRule]
-    matrix_buffers: ClassVar[Tuple[str, ...]]
+    host_factors: ClassVar[Tuple[str, ...]] = ()
+    """Factors by which the rule decides on the host what to compute: see :data:`Owned.on_host`."""
 
-    bucket_bytes: ClassVar[int] = BUCKET_BYTES
-
-    def __init__(
-        self,
-        params: Any,
-        defaults: Dict[str, Any],
-        layouts: Optional[Mapping[str, MatrixLayout]] = None,
-        replicas: Optional[dist.ProcessGroup] = None,
-        **engine: Unpack[EngineOptions],
-    ):
-        self._layouts = dict(layouts or {})
-        self._replicas = replicas
-        self._plans: Dict[torch.Tensor, Plan] = {}
-        self._exchanges: Dict[Any, Any] = {}
-        super().__init__(params, {**defaults, ALGORITHM: None}, **engine)
-        if not any(group[ALGORITHM] == self.algorithm for group in self.param_groups):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: no parameter has the role 'matrix', allowed is a model "
-                "with at least one trainable matrix; for others choose an elementwise optimizer"
-            )
+    def __init__(self, params: Any, defaults: Dict[str, Any], **options: Unpack[MatrixOptions]):
+        self._exchanges: Dict[Any, RowExchange] = {}
+        self._mirrors: Dict[Tuple[torch.Tensor, int], Dict[str, HostMirror]] = {}
+        super().__init__(params, defaults, **options)
 
     def __getstate__(self) -> Dict[str, Any]:
-        # Process groups cannot be copied.
-        without: Dict[str, Any] = {"_exchanges": {}, "_plans": {}, "_replicas": None}
-        return {**super().__getstate__(), **without}
+        # Of process groups and devices; made again with the plans.
+        return {**super().__getstate__(), "_exchanges": {}, "_mirrors": {}}
+
+    measures: ClassVar[bool] = False
+    """Whether the rule needs :meth:`measure`."""
+
+    def measure(
+        self,
+        group: Mapping[str, Any],
+        grads: Sequence[torch.Tensor],
+        add: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Numbers of whole gradients, which the rule needs before everything else.
+
+        :param grads: For each of ``n`` matrices the part of its gradient that this rank has, in no
+            particular order, perhaps empty.
+        :param add: Adds tensors ``(n, ...)`` over the ranks that share the matrices.
+
+        :returns: Shape ``(n, s)``, the same on all ranks.
+        """
+        raise NotImplementedError
 
     def on_shards(
-        self, group: Mapping[str, Any], grad: torch.Tensor, buffers: Sequence[torch.Tensor]
+        self,
+        group: Mapping[str, Any],
+        grad: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        numbers: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, ...]:
         """
         The part of the rule that needs no whole matrix. Pure and elementwise.
 
         :param grad: Some elements of the gradient, flat.
         :param buffers: The same elements of :data:`matrix_buffers`.
+        :param numbers: What :meth:`measure` returned for the matrix that they belong to, ``(s,)``.
 
         :returns: What the owner needs, and the new buffers, shaped like ``grad``.
         """
@@ -148,14 +140,6 @@ class MatrixOptimizer(ExtOptimizer):
         """
         raise NotImplementedError
 
-    def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
-        """By what an ``(out, in)`` update is multiplied, beside the learning rate."""
-        raise NotImplementedError
-
-    def cost(self, n_out: int, n_in: int) -> float:
-        """Floating point operations of :meth:`on_owner` for one matrix: owners share them."""
-        raise NotImplementedError
-
     def wire_dtype(self, dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """
         The dtype in which matrices travel and reach :meth:`on_owner`.
@@ -165,62 +149,30 @@ class MatrixOptimizer(ExtOptimizer):
         del device
         return dtype
 
-    def factor_shapes(self, group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[str, Shape]:
-        """Names and shapes of the factors of an ``(out, in)`` matrix. Float32."""
+    def report(
+        self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        """
+        What is worth knowing of a step. Called for steps of which a report was asked for, with what
+        :meth:`on_owner` was given and returned.
+
+        :returns: By name, tensors ``(k, ...)``. No host-device sync.
+        """
         return {}
-
-    def fill_factor(self, group: Mapping[str, Any], name: str, factor: torch.Tensor) -> None:
-        """Give a factor, which is zero, its first value."""
-
-    def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
-        if group[ALGORITHM] == self.algorithm:
-            return self.matrix_buffers
-        return self.leftover_rule.buffers
-
-    def add_param_group(self, param_group: Dict[str, Any]) -> None:
-        name = type(self).__name__
-        algorithm = param_group.get(ALGORITHM)
-        allowed = (self.algorithm, self.leftover_algorithm)
-        if algorithm not in allowed:
-            raise OLMoConfigurationError(
-                f"{name}: '{ALGORITHM}' of a parameter group is {algorithm!r}, allowed are "
-                f"{' and '.join(map(repr, allowed))}; {name}Config.build(model) sets it"
-            )
-        super().add_param_group(param_group)
-
-    def _create_shared_state(self) -> None:
-        super()._create_shared_state()
-        self._make_plans()
-
-    def _ensure_plans(self) -> None:
-        if not self._plans:  # of a copy
-            self._make_plans()
-
-    def state_dict(self) -> Dict[str, Any]:
-        """As the base's; a collective call where sharded parameters have factors."""
-        self._ensure_plans()
-        return super().state_dict()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """As the base's; a collective call where sharded parameters have factors."""
-        self._ensure_plans()
         super().load_state_dict(state_dict)
+        for mirrors, factors in self._mirrored():
+            for name, mirror in mirrors.items():
+                mirror.update(factors[name])
 
-    def _make_plans(self) -> None:
-        new = [
-            (group, param)
-            for group in self.param_groups
-            if group[ALGORITHM] == self.algorithm
-            for param in group["params"]
-            if param in self.state and param not in self._plans
-        ]
+    def plan(
+        self, params: Sequence[Tuple[Dict[str, Any], torch.Tensor, MatrixLayout]]
+    ) -> List[Plan]:
         drafts = []
-        for group, param in new:
-            layout = self._layout_of(param)
-            shapes = [
-                self.factor_shapes(group, *((b.n_rows, b.n_cols)[:: -1 if layout.in_out else 1]))
-                for b in layout.blocks()
-            ]
+        for group, param, layout in params:
+            shapes = self._factor_shapes(group, layout)
             has_factors = any(shapes)
             replicas = None if has_factors else self._replicas
             placing = placing_of(param, layout, replicas, nested=not has_factors)
@@ -231,19 +183,28 @@ class MatrixOptimizer(ExtOptimizer):
                 if placing.path != Path.rows or placing.first_row <= block.first_row < end
             ]
             draft = Plan(layout, placing, blocks, (), FactorPlan(shapes))
-            drafts.append((group, param, draft))
-        for group, param, plan in self._with_owners(drafts):
-            self._plans[param] = plan
-            self._create_factors(group, param, plan)
+            drafts.append((param, draft))
+        return self._with_owners(drafts)
 
-    def _with_owners(
-        self, drafts: Sequence[Tuple[Dict[str, Any], torch.Tensor, Plan]]
-    ) -> Iterator[Tuple[Dict[str, Any], torch.Tensor, Plan]]:
+    def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: Plan) -> None:
+        super()._create_factors(group, param, plan)
+        for matrix in range(len(plan.factors.shapes)):
+            if self.host_factors and plan.factors.holds(matrix):
+                factors = plan.factors.views(self.state[param], matrix)
+                self._mirrors[param, matrix] = {
+                    name: HostMirror(factors[name]) for name in self.host_factors if name in factors
+                }
+
+    def _mirrored(self) -> Iterator[Tuple[Dict[str, HostMirror], Dict[str, torch.Tensor]]]:
+        for (param, matrix), mirrors in self._mirrors.items():
+            yield mirrors, self._plans[param].factors.views(self.state[param], matrix)
+
+    def _with_owners(self, drafts: Sequence[Tuple[torch.Tensor, Plan]]) -> List[Plan]:
         """Largest first over all matrices of a group; matrices planned earlier keep their owner."""
-        groups = {plan.placing.group for _, _, plan in drafts}
+        groups = {plan.placing.group for _, plan in drafts}
         owners: Dict[torch.Tensor, List[int]] = {}
         for process_group in groups - {None}:
-            plans = {**self._plans, **{param: plan for _, param, plan in drafts}}
+            plans = {**self._plans, **dict(drafts)}
             mine = {p: plan for p, plan in plans.items() if plan.placing.group is process_group}
             items = [(p, plan, k) for p, plan in mine.items() for k in range(len(plan.blocks))]
             fixed = [
@@ -253,7 +214,8 @@ class MatrixOptimizer(ExtOptimizer):
             found = assign_owners(costs, dist.get_world_size(process_group), fixed)
             for (param, _, _), owner in zip(items, found):
                 owners.setdefault(param, []).append(owner)
-        for group, param, plan in drafts:
+        out = []
+        for param, plan in drafts:
             its_owners = owners.get(param, ())
             in_shards = plan.placing.path == Path.rows
             factors = FactorPlan(
@@ -261,69 +223,19 @@ class MatrixOptimizer(ExtOptimizer):
                 its_owners if in_shards else (),
                 plan.placing.group if in_shards else None,
             )
-            yield group, param, Plan(plan.layout, plan.placing, plan.blocks, its_owners, factors)
-
-    def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: Plan) -> None:
-        dtype = torch.promote_types(torch.float32, param.dtype)
-        state = self.state[param]
-        if all(name in state for name in plan.factors.names):  # of a copy
-            return
-        for name in plan.factors.names:
-            state[name] = plan.factors.new(name, dtype, param.device)
-        rank = dist.get_rank(plan.factors.group) if plan.factors.group is not None else None
-        for matrix in range(len(plan.factors.shapes)):
-            if rank is None or plan.owners[matrix] == rank:
-                for name, factor in plan.factors.views(state, matrix).items():
-                    self.fill_factor(group, name, factor)
-
-    def _layout_of(self, param: torch.Tensor) -> MatrixLayout:
-        owner, name = type(self).__name__, self.name_of(param)
-        layout = self._layouts.get(name)
-        if layout is None:
-            if param.ndim != 2:
-                raise OLMoConfigurationError(
-                    f"{owner}: parameter '{name}' of shape {tuple(param.shape)} has algorithm "
-                    f"{self.algorithm!r}, allowed are matrices, or a layout for it"
-                )
-            layout = MatrixLayout.whole(param.shape)
-        if not get_local_tensor(param).is_contiguous():
-            raise OLMoConfigurationError(
-                f"{owner}: parameter '{name}' of shape {tuple(param.shape)} has algorithm "
-                f"{self.algorithm!r} and is not contiguous, allowed are contiguous matrices"
-            )
-        if layout.rows * layout.cols != param.numel() or layout.rows % max(param.shape[0], 1):
-            raise OLMoConfigurationError(
-                f"{owner}: the layout of parameter '{name}' of shape {tuple(param.shape)} is "
-                f"({layout.rows}, {layout.cols}), allowed are layouts that divide it"
-            )
-        return layout
-
-    def placements(self) -> Dict[str, Tuple[Path, Tuple[int, ...]]]:
-        """
-        For each parameter with matrices the path that they take, and, where one rank computes a
-        matrix, the global rank of the owner of each.
-        """
-        self._ensure_plans()
-        out: Dict[str, Tuple[Path, Tuple[int, ...]]] = {}
-        for param, plan in self._plans.items():
-            group = plan.placing.group
-            owners = [dist.get_global_rank(group, rank) for rank in plan.owners if group]
-            out[self.name_of(param)] = (plan.placing.path, tuple(owners))
+            out.append(Plan(plan.layout, plan.placing, plan.blocks, its_owners, factors))
         return out
 
-    def update(self, work: Sequence[GroupWork]) -> None:
-        self._ensure_plans()
-        leftover = [each for each in work if each.group[ALGORITHM] == self.leftover_algorithm]
-        if leftover:
-            apply_rule(self.leftover_rule, leftover, self._names, self._compile, self._seed)
+    def update_matrices(self, work: Sequence[GroupWork]) -> None:
         alike: Dict[Tuple[Path, Optional[dist.ProcessGroup], torch.dtype], List[Job]] = {}
         for each in work:
-            if each.group[ALGORITHM] == self.algorithm:
-                for member in each.members:
-                    plan = self._plans[member.param]
-                    key = (plan.placing.path, plan.placing.group, each.clock.dtype)
-                    alike.setdefault(key, []).append(Job(each, member, plan))
+            for member in each.members:
+                plan = self._plans[member.param]
+                key = (plan.placing.path, plan.placing.group, each.clock.dtype)
+                alike.setdefault(key, []).append(Job(each, member, plan))
         for (path, process_group, _), jobs in alike.items():
+            if self.measures:
+                self._measure(jobs, process_group if path == Path.rows else None)
             if process_group is None and path == Path.local:
                 self._update_local(items_of(jobs), _Shards(self, items_of(jobs)))
             elif process_group is None:
@@ -334,11 +246,41 @@ class MatrixOptimizer(ExtOptimizer):
             else:
                 self._update_by_broadcast(jobs, process_group)
 
+    def _measure(self, jobs: Sequence[Job], process_group: Optional[dist.ProcessGroup]) -> None:
+        """Let jobs know the numbers of their matrices."""
+
+        def add(local: torch.Tensor) -> torch.Tensor:
+            total = local.clone()
+            if process_group is not None:
+                dist.all_reduce(total, group=process_group)
+            return total
+
+        together: Dict[int, List[Job]] = {}
+        for job in jobs:
+            together.setdefault(id(job.group), []).append(job)
+        for some in together.values():
+            grads = [job.view(self._grad_as_placed(job)) for job in some]
+            parts = [x[job.here(k)] for job, x in zip(some, grads) for _, k in items_of([job])]
+            numbers = self.measure(some[0].group, parts, add)
+            if (proceed := some[0].work.proceed) is not None:
+                numbers = torch.where(proceed, numbers, 0)
+            counts = [len(job.plan.blocks) for job in some]
+            for job, its in zip(some, numbers.split(counts)):
+                job.numbers = its
+
+    def _grad_as_placed(self, job: Job) -> torch.Tensor:
+        """The local part of the gradient, or the whole one where that is what is computed with."""
+        param, grad = job.member.param, job.member.grad
+        if job.plan.placing.path != Path.redistribute:
+            return grad
+        assert isinstance(param, DTensor)
+        return gather_whole(grad.contiguous(), param)
+
     def _update_local(self, items: Sequence[Item], shards: "_Shards") -> None:
         for stack in self._stacks(items):
             updates = self._on_owner(stack, [shards.take(job)[job.here(k)] for job, k in stack])
             for (job, k), update in zip(stack, updates):
-                self._apply(job, job.weights()[job.here(k)], update, self._scale(job, k))
+                self.apply_update(job, job.weights()[job.here(k)], update, self._scale(job, k))
 
     def _update_redistributed(self, job: Job) -> None:
         param = job.member.param
@@ -349,7 +291,7 @@ class MatrixOptimizer(ExtOptimizer):
             _, k = item
             (update,) = self._on_owner([item], [job.view(whole)[job.here(k)]])
             job.view(updates)[job.here(k)] = update.to(updates.dtype) * self._scale(job, k)
-        self._apply(job, get_local_tensor(param), local_part(updates, param), 1.0)
+        self.apply_update(job, get_local_tensor(param), local_part(updates, param), 1.0)
 
     def _update_by_rows(self, jobs: Sequence[Job], process_group: dist.ProcessGroup) -> None:
         rank = dist.get_rank(process_group)
@@ -377,7 +319,7 @@ class MatrixOptimizer(ExtOptimizer):
         def finish(bucket: Bucket, transfer: Transfer) -> None:
             for i, update in exchange.shards(bucket, transfer.wait()).items():
                 job, k = items[i]
-                self._apply(job, job.weights()[job.here(k)], update, self._scale(job, k))
+                self.apply_update(job, job.weights()[job.here(k)], update, self._scale(job, k))
 
         index_of = {(id(job), k): i for i, (job, k) in enumerate(items)}
         buckets = exchange.buckets
@@ -414,7 +356,7 @@ class MatrixOptimizer(ExtOptimizer):
             for i, update in exchange.results(bucket, transfer.wait()).items():
                 job, k = items[i]
                 target = job.weights()[job.here(k)]
-                self._apply(job, target, update.view(target.shape), self._scale(job, k))
+                self.apply_update(job, target, update.view(target.shape), self._scale(job, k))
 
         before = None
         for bucket in exchange.buckets:
@@ -474,6 +416,9 @@ class MatrixOptimizer(ExtOptimizer):
         views = [
             job.plan.factors.views(job.member.state, job.plan.blocks[k][0]) for job, k in items
         ]
+        mirrors = [
+            self._mirrors.get((job.member.param, job.plan.blocks[k][0]), {}) for job, k in items
+        ]
         transposed = [job.plan.layout.in_out for job, _ in items]
         owned = Owned(
             _stack([x.mT if t else x for x, t in zip(whole, transposed)]),
@@ -481,17 +426,24 @@ class MatrixOptimizer(ExtOptimizer):
             # A skipped first step has no number; what it computes is not used.
             torch.stack([job.member.state[STEP] for job, _ in items]).clamp(min=1),
             first.group[CALLS],
-            tuple(self._matrix_name(job, k) for job, k in items),
+            tuple(
+                self.matrix_name(job.member.param, job.plan, job.plan.blocks[k][0])
+                for job, k in items
+            ),
+            _numbers(items),
+            [{name: m.read() for name, m in each.items()} for each in mirrors],
         )
         updates, factors = self.on_owner(first.group, owned)
+        if self.reports is not None:
+            report = self.report(first.group, owned, updates)
+            for i, name in enumerate(owned.names):
+                self.reports[name] = {key: values[i] for key, values in report.items()}
         for name, new in factors.items():
-            for view, each in zip(views, new):
+            for view, mirror, each in zip(views, mirrors, new):
                 write_state([view[name]], [each], first.work.proceed, None)
+                if name in mirror:
+                    mirror[name].update(view[name])
         return [u.mT if t else u for u, t in zip(updates, transposed)]
-
-    def _matrix_name(self, job: Job, k: int) -> str:
-        name, index = self.name_of(job.member.param), job.plan.blocks[k][0]
-        return name if len(job.plan.layout.blocks()) == 1 else f"{name}[{index}]"
 
     def _scale(self, job: Job, k: int) -> float:
         return self.scale(job.group, *job.plan.shape(job.plan.blocks[k][1]))
@@ -502,63 +454,22 @@ class MatrixOptimizer(ExtOptimizer):
         buffers = [member.local(name).view(-1) for name in self.matrix_buffers]
         grad = member.grad.reshape(-1)
         x = grad.new_empty(grad.shape, dtype=self.wire_dtype(work, grad.device))
-        rounding = rounding_of(member, buffers, self._names, job.group[CALLS], self._seed)
+        rounding = self.rounding_of(job, buffers)
         for begin, end in chunks(grad):
             part = grad[begin:end].to(work)
             if job.work.proceed is not None:
                 # Owners of a skipped step compute with zeros: decompositions raise on NaN.
                 part = torch.where(job.work.proceed, part, 0.0)
             some = [buffer[begin:end] for buffer in buffers]
-            x[begin:end], *new = self.on_shards(job.group, part, [b.to(work) for b in some])
+            values = [buffer.to(work) for buffer in some]
+            numbers = job.numbers_at(begin, end)
+            x[begin:end], *new = self.on_shards(job.group, part, values, numbers)
             write_state(some, new, job.work.proceed, some_of(rounding, begin, end))
         return x.view(member.grad.shape)
-
-    def _apply(self, job: Job, weights: torch.Tensor, update: torch.Tensor, scale: float) -> None:
-        """
-        Decay and step.
-
-        :param weights: Some of the local weights.
-        :param update: The same elements of the update.
-        """
-        group, work = job.group, job.work.clock.dtype
-        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
-        flat = weights.is_contiguous() and update.is_contiguous()
-        if flat:
-            weights, update = weights.view(-1), update.view(-1)
-        for begin, end in chunks(weights) if flat else [(0, weights.shape[0])]:
-            part, step = weights[begin:end], update[begin:end].to(work) * (lr * scale)
-            write_weights(
-                *(part, part.to(work), step, decay),
-                *(job.work.proceed, bool(group["cautious_weight_decay"])),
-            )
 
     def _empty_on_wire(self, job: Job) -> torch.Tensor:
         grad = job.member.grad
         return grad.new_empty(0, dtype=self.wire_dtype(job.work.clock.dtype, grad.device))
-
-    def _to_checkpoint(self, param: torch.Tensor, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self._saved_as_it_is(param, key):
-            return tensor
-        return self._plans[param].factors.to_checkpoint(param, key, tensor)
-
-    def _saved_as_it_is(self, param: torch.Tensor, key: str) -> bool:
-        plan = self._plans.get(param)
-        return plan is None or key not in plan.factors.names
-
-    def _shape_in_checkpoint(
-        self, param: torch.Tensor, key: str, tensor: torch.Tensor
-    ) -> torch.Size:
-        if self._saved_as_it_is(param, key):
-            return tensor.shape
-        return torch.Size([self._plans[param].factors.numel(key)])
-
-    def _from_checkpoint(
-        self, param: torch.Tensor, key: str, tensor: torch.Tensor, saved: torch.Tensor
-    ) -> None:
-        if self._saved_as_it_is(param, key):
-            tensor.copy_(saved)
-        else:
-            self._plans[param].factors.from_checkpoint(key, tensor, saved)
 
 
 class _Shards:
@@ -576,6 +487,11 @@ class _Shards:
             self._ready[key] = job.view(self._optim._on_shards(job))
         self._uses[key] -= 1
         return self._ready[key] if self._uses[key] else self._ready.pop(key)
+
+
+def _numbers(items: Sequence[Item]) -> Optional[torch.Tensor]:
+    numbers = [job.numbers[k] for job, k in items if job.numbers is not None]
+    return _stack(numbers) if numbers else None
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoError
 from torch.distributed._composable.contract import _get_registry
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .layout import MatrixLayout
 
 __all__ = [
+    "Groups",
     "Path",
     "Placing",
     "data_parallel_group",
@@ -27,8 +29,10 @@ __all__ = [
     "gather_whole",
     "local_part",
     "placing_of",
+    "ranges_at",
     "row_range",
     "sharding_dims",
+    "sharding_group",
     "sum_over_shards",
 ]
 
@@ -47,6 +51,9 @@ class Path(StrEnum):
 
     redistribute = "redistribute"
     """Any other sharding: DTensor gathers the matrix on every rank, which all compute it."""
+
+    thin = "thin"
+    """Any sharding: parts stay where they are, thin factors travel to an owner and back."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,23 @@ def local_ranges(param: torch.Tensor) -> List[Tuple[int, int]]:
 
     :raises OLMoError: If its sharding is none of FSDP, HSDP, tensor and expert parallelism.
     """
-    ranges = [(0, n) for n in param.shape]
     if not isinstance(param, DTensor):
-        return ranges
+        return [(0, n) for n in param.shape]
+    coordinate = param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    ranges = ranges_at(param, coordinate)
+    shape = tuple(n for _, n in ranges)
+    if shape != tuple(param.to_local().shape):
+        raise OLMoError(
+            f"a parameter of shape {tuple(param.shape)} with placements {param.placements} has the "
+            f"local shape {tuple(param.to_local().shape)}, expected is {shape}"
+        )
+    return ranges
+
+
+def ranges_at(param: DTensor, coordinate: Sequence[int]) -> List[Tuple[int, int]]:
+    """As :func:`local_ranges`, for the rank at a coordinate of the mesh."""
+    ranges = [(0, n) for n in param.shape]
     mesh, placements = param.device_mesh, param.placements
     # What is strided was divided last, whatever its place in the mesh.
     for dim in sorted(sharding_dims(param), key=lambda d: type(placements[d]) is _StridedShard):
@@ -163,15 +184,35 @@ def local_ranges(param: torch.Tensor) -> List[Tuple[int, int]]:
         if not isinstance(placement, (Shard, _StridedShard)):
             raise OLMoError(f"a parameter has the placement {placement}, known are shards")
         first, n = ranges[placement.dim]
-        offset, n = row_range(n, mesh.size(dim), mesh.get_local_rank(dim))
+        offset, n = row_range(n, mesh.size(dim), coordinate[dim])
         ranges[placement.dim] = (first + offset, n)
-    shape = tuple(n for _, n in ranges)
-    if shape != tuple(param.to_local().shape):
-        raise OLMoError(
-            f"a parameter of shape {tuple(param.shape)} with placements {placements} has the local "
-            f"shape {tuple(param.to_local().shape)}, expected is {shape}"
-        )
     return ranges
+
+
+Groups = Dict[Tuple[DeviceMesh, Tuple[int, ...]], dist.ProcessGroup]
+
+
+def sharding_group(param: torch.Tensor, known: Groups) -> Optional[dist.ProcessGroup]:
+    """
+    The ranks that together have a parameter; ``None`` if each has all of it. Called on all of them
+    in the same order, as it may have to make the group.
+
+    :param known: Groups that were made before; a new one is added.
+    """
+    dims = tuple(sharding_dims(param))
+    if not dims:
+        return None
+    assert isinstance(param, DTensor)
+    mesh = param.device_mesh
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    if (mesh, dims) not in known:
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None
+        at = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
+        ranks = mesh.mesh[at].flatten().tolist()
+        known[mesh, dims] = dist.new_group(ranks, use_local_synchronization=True)
+    return known[mesh, dims]
 
 
 def sharding_dims(param: torch.Tensor) -> List[int]:

@@ -15,7 +15,7 @@ from olmo_core.distributed.utils import get_local_tensor
 from .base import GroupWork, Member
 from .factors import FactorPlan
 from .layout import Block, MatrixLayout
-from .placement import Path, Placing
+from .placement import Path, Placing, element_index
 
 __all__ = ["Item", "Job", "Plan", "items_of"]
 
@@ -71,6 +71,22 @@ class Plan:
             out.append((slice(first, first + n), cols))
         return out
 
+    def index_at(self, places: torch.Tensor) -> torch.Tensor:
+        """Which of :data:`blocks` elements belong to, from their places in the whole parameter."""
+        if places.device not in self._ends:  # kept: a copy from the host would be a sync
+            sizes = (self.layout.row_sizes, self.layout.col_sizes)
+            self._ends[places.device] = [
+                torch.tensor(list(accumulate(each)), device=places.device) for each in sizes
+            ]
+        row_ends, col_ends = self._ends[places.device]
+        row = torch.bucketize(places // self.layout.cols, row_ends, right=True)
+        col = torch.bucketize(places % self.layout.cols, col_ends, right=True)
+        return row * len(col_ends) + col - self.blocks[0][0]
+
+    @cached_property
+    def _ends(self) -> Dict[torch.device, List[torch.Tensor]]:
+        return {}
+
     @property
     def largest(self) -> int:
         """Elements of the largest of its matrices."""
@@ -84,6 +100,9 @@ class Job:
     work: GroupWork
     member: Member
     plan: Plan
+
+    numbers: Optional[torch.Tensor] = None
+    """Of each matrix that the group has, ``(n, s)``, if the rule measures any."""
 
     @property
     def group(self) -> Dict[str, Any]:
@@ -100,6 +119,24 @@ class Job:
 
     def here(self, k: int) -> Tuple[slice, slice]:
         return self.plan.here[k]
+
+    def numbers_at(self, begin: int, end: int) -> Optional[torch.Tensor]:
+        """
+        :data:`numbers` of the matrices to which some of the local elements belong: ``(s,)`` where
+        there is one matrix, else ``(s, end - begin)``.
+        """
+        if self.numbers is None or len(self.numbers) == 1:
+            return None if self.numbers is None else self.numbers[0]
+        places = self._places
+        if places.ndim == 0:  # of the first of consecutive elements
+            places = torch.arange(begin, end, device=places.device) + places
+        else:
+            places = places[begin:end]
+        return self.numbers[self.plan.index_at(places)].T
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        return element_index(self.member.param)
 
 
 Item = Tuple[Job, int]

@@ -4,10 +4,11 @@ element's place in the whole parameter: the same on every mesh and after a resum
 """
 
 import hashlib
+from typing import Sequence
 
 import torch
 
-__all__ = ["random_bits", "round_stochastically", "stream"]
+__all__ = ["generator", "random_bits", "random_signs", "round_stochastically", "stream"]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = 0x45D9F3B  # 2^32 times it fits into int64
@@ -18,6 +19,24 @@ def stream(seed: int, call: int, name: str, purpose: str = "") -> int:
     """The number, below 2^63, of the stream of random numbers for one purpose of one step."""
     text = f"{seed}/{call}/{name}/{purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % _INT64
+
+
+def generator(
+    seed: int, call: int, name: str, purpose: str, device: torch.device
+) -> torch.Generator:
+    """
+    For what is drawn for a whole matrix, by the one rank that computes it. Devices of other kinds
+    draw other numbers.
+    """
+    return torch.Generator(device).manual_seed(stream(seed, call, name, purpose))
+
+
+def random_signs(
+    shape: Sequence[int], seed: int, call: int, name: str, purpose: str, like: torch.Tensor
+) -> torch.Tensor:
+    """Float32, on the device of ``like``: -1 or 1 with the :func:`generator` of these."""
+    source = generator(seed, call, name, purpose, like.device)
+    return torch.randint(0, 2, tuple(shape), generator=source, device=like.device) * 2.0 - 1.0
 
 
 def random_bits(index: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ from olmo_optim_ext.engine.placement import (
     sum_over_shards,
 )
 from olmo_optim_ext.engine.random import random_bits
+from olmo_optim_ext.engine.thin import Thin, ThinExchange
 
 R, S0, S1 = Replicate(), Shard(0), Shard(1)
 STRIDED = _StridedShard(0, split_factor=2)
@@ -468,6 +469,88 @@ def factors_survive_a_change_of_owners(folder: Path) -> None:
                 unshared.from_checkpoint(name, held_alone, saved)
                 assert torch.equal(held_alone, whole)
     dcp.save(checkpoint, checkpoint_id=folder / "factors")
+
+
+@case
+def factors_shared_by_rows_survive_a_change_of_ranks(folder: Path) -> None:
+    """Some by rows, uneven and empty, some with owners; over one and over two dimensions."""
+    shapes = [{"rows": (7, 3), "left": (2, 2)}, {"rows": (2, 3)}, {"rows": (5, 3), "left": (3, 1)}]
+    rows_on = [[3, 0, 2, 2], [0, 2, 0, 0], [1, 1, 1, 2]]
+    flat, grid = meshes()
+    rank, group = dist.get_rank(), dist.group.WORLD
+    other_rows = [[7, 0, 0, 0], [0, 0, 1, 1], [2, 0, 0, 3]]
+    for mesh, placements, places in (
+        (flat, [S0], ()),
+        (grid, [S0, S0], [[(2, i), (2, j)] for i in range(2) for j in range(2)]),
+    ):
+        order = [(dim, 0) for dim in range(mesh.ndim)]
+        param = sharded(torch.zeros(9, 2), mesh, placements, order)
+        plan = FactorPlan(shapes, [1, 3, 1], group, {"rows": rows_on}, places)
+        held = new(plan)
+        for matrix in range(3):
+            for name, view in plan.views(held, matrix).items():
+                whole = factor(name, matrix, shapes[matrix][name])
+                part = plan.held_part(name, matrix, whole)
+                assert part.shape == view.shape
+                if name == "rows":
+                    first = sum(rows_on[matrix][:rank])
+                    assert torch.equal(part, whole[first : first + rows_on[matrix][rank]])
+                else:
+                    assert plan.owners[matrix] == rank and torch.equal(part, whole)
+                view.copy_(part)
+        for name in plan.names:
+            saved = plan.to_checkpoint(param, name, held[name])
+            everything = [
+                factor(name, i, s[name]).view(-1) for i, s in enumerate(shapes) if name in s
+            ]
+            assert isinstance(saved, DTensor)
+            assert torch.equal(saved.full_tensor(), torch.cat(everything))
+            other = FactorPlan(shapes, [0, 2, 3], group, {"rows": other_rows}, places)
+            read = new(other)
+            other.from_checkpoint(name, read[name], saved)
+            for matrix, its in enumerate(shapes):
+                views = other.views(read, matrix)
+                if name in views:
+                    whole = factor(name, matrix, its[name])
+                    assert torch.equal(views[name], other.held_part(name, matrix, whole))
+
+
+@case
+def thin_factors_are_summed_and_spread(folder: Path) -> None:
+    """Rows that overlap, that nobody has, and that all need; several owners, one with none."""
+    rank, like = dist.get_rank(), torch.zeros(0)
+    sources = [
+        [(0, 4), (4, 7), (7, 7), (7, 9)],
+        [(0, 5), (0, 5), (0, 0), (1, 3)],
+        [(0, 0), (2, 3), (0, 0), (0, 0)],
+    ]
+    targets = [
+        [(0, 9), (0, 9), (0, 9), (0, 9)],
+        [(0, 0), (4, 5), (1, 3), (0, 5)],
+        [(0, 3), (0, 0), (0, 3), (1, 2)],
+    ]
+    sizes = [(9, 2, 3), (5, 1, 0), (3, 4, 3)]
+    factors = [Thin(*size, s, t) for size, s, t in zip(sizes, sources, targets)]
+
+    def summand(i: int, rank: int) -> torch.Tensor:
+        begin, end = sources[i][rank]
+        return (whole_numbers(end - begin, sizes[i][1]) + 10 * i + rank).float()
+
+    sums = []
+    for i, (n_rows, n_cols, _) in enumerate(sizes):
+        total = torch.zeros(n_rows, n_cols)
+        for each in range(4):
+            total[slice(*sources[i][each])] += summand(i, each)
+        sums.append(total)
+    assert dist.group.WORLD is not None
+    exchange = ThinExchange(factors, dist.group.WORLD)
+    owned = exchange.collect([summand(i, rank) for i in range(3)], like)
+    assert set(owned) == {i for i, size in enumerate(sizes) if size[2] == rank}
+    for i, total in owned.items():
+        assert torch.equal(total, sums[i])
+    received = exchange.spread(owned, like)
+    for i, part in enumerate(received):
+        assert torch.equal(part, sums[i][slice(*targets[i][rank])])
 
 
 # Elementwise

@@ -63,6 +63,10 @@ def test_factors_survive_a_change_of_owners(passed_on_ranks: Callable[[str], Pat
     passed_on_ranks("factors_survive_a_change_of_owners")
 
 
+def test_factors_shared_by_rows_survive_a_change_of_ranks(passed_on_ranks: Callable[[str], Path]):
+    passed_on_ranks("factors_shared_by_rows_survive_a_change_of_ranks")
+
+
 def test_factors_saved_by_four_ranks_are_read_by_one(passed_on_ranks: Callable[[str], Path]):
     folder = passed_on_ranks("factors_survive_a_change_of_owners")
     plan = FactorPlan(SHAPES)

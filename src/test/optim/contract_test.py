@@ -9,7 +9,7 @@ import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Dict
+from typing import Dict, List, Tuple
 
 import pytest
 import torch
@@ -25,9 +25,11 @@ from torch._dynamo.utils import counters
 from olmo_optim_ext import get_config_class, list_optimizers, optimizer_info
 
 from ..ranks import run_on_ranks
-from .cases import CASES, STEPS, MixedShapes, grads_at, relative_error, train, weights
-from .models import ExpertShapes, LargeShapes
-from .toys import ListState, TimesZero, WhiteningConfig
+from .case import STEPS, MixedShapes, grads_at, relative_error, train, weights
+from .cases import CASES
+from .models import LargeShapes
+from .toys import ListState, TimesZero
+from .variants import MUON_LIKE, VARIANTS
 
 NAMES = list_optimizers()
 
@@ -92,11 +94,7 @@ def mesh_results(tmp_path_factory) -> Path:
     return folder
 
 
-SAVED_ALONE = [
-    *((name, MixedShapes, CASES[name].config) for name in NAMES),
-    ("whitening", MixedShapes, WhiteningConfig()),
-    ("whitening_experts", ExpertShapes, WhiteningConfig()),
-]
+SAVED_ALONE = [(each.name, each.model, each.config) for each in VARIANTS if each.resumes]
 
 
 @pytest.fixture(scope="module")
@@ -432,10 +430,7 @@ SYNCS = (
 def test_zero_gradients_move_nothing(name):
     model = MixedShapes()
     start = weights(model)
-    fields = {
-        f: 0.0 for f in ("weight_decay", "adamw_weight_decay") if hasattr(CASES[name].config, f)
-    }
-    optim = CASES[name].config.replace(**fields).build(model)
+    optim = CASES[name].config.replace(**CASES[name].without_decay).build(model)
     for _ in range(5):
         for param in model.parameters():
             param.grad = torch.zeros_like(param)
@@ -527,24 +522,81 @@ def test_state_bytes_are_as_declared(name):
     own_rule = next(iter(CASES[name].state_bytes.values()))
     assert optimizer_info(name).state_bytes_per_param == own_rule
     for group in optim.param_groups:
-        expected = CASES[name].state_bytes[group.get("algorithm") or ""]
+        algorithm = group.get("algorithm") or ""
         for param in group["params"]:
+            expected = CASES[name].state_bytes[algorithm] * param.numel()
+            if algorithm == getattr(optim, "algorithm", None):
+                expected += CASES[name].factor_bytes(*param.shape)
             ours = {"step", "gate_count", "gate_history"}  # one set of them for all
             n_bytes = sum(v.nbytes for k, v in optim.state[param].items() if k not in ours)
-            assert n_bytes == expected * param.numel()
+            assert n_bytes == expected
 
 
 # C7 (work): each matrix once, and few bytes
 
 
-def test_each_matrix_is_computed_once_and_little_is_sent(mesh_results):
-    counts = json.loads((mesh_results / "counts.json").read_text())
-    matrices = [param for param in LargeShapes().parameters() if param.ndim == 2]
-    computed = [name for _, names in counts for name in names]
-    assert len(computed) == len(set(computed)) == len(matrices)
-    share = sum(param.nbytes for param in matrices) / len(counts)
-    allowed = 1.05 * max(2 * share, max(param.nbytes for param in matrices))
-    assert all(0 < sent <= allowed for sent, _ in counts)
+@pytest.fixture(scope="module")
+def counts(mesh_results) -> Dict[str, Dict[str, List[Tuple[float, List[str]]]]]:
+    """By name and mesh, for each rank the bytes that it sends and the matrices that it computes."""
+    return json.loads((mesh_results / "counts.json").read_text())
+
+
+MATRICES = [param for param in LargeShapes().parameters() if param.ndim == 2]
+
+
+@pytest.mark.parametrize("name", MUON_LIKE)
+def test_each_matrix_is_computed_once_and_little_is_sent(name, counts):
+    ranks = counts[name]["fsdp4"]
+    computed = [name for _, names in ranks for name in names]
+    assert len(computed) == len(set(computed)) == len(MATRICES)
+    share = sum(param.nbytes for param in MATRICES) / len(ranks)
+    allowed = 1.05 * max(2 * share, max(param.nbytes for param in MATRICES))
+    assert all(0 < sent <= allowed for sent, _ in ranks)
+
+
+def total(counts, name: str, label: str) -> float:
+    return sum(sent for sent, _ in counts[name][label])
+
+
+@pytest.mark.parametrize("label", ["fsdp4", "hsdp2x2"])
+@pytest.mark.parametrize("name", MUON_LIKE)
+def test_variants_of_muon_send_what_muon_sends(name, label, counts):
+    # Some add a few numbers of each matrix, which here are small.
+    numbers = {"muon_nolah": 4 * 2 * 256 * 8}.get(name, 8) * 2 * len(MATRICES) * 4
+    muon = total(counts, "ext_muon", label)
+    assert muon <= total(counts, name, label) <= muon + numbers
+
+
+@pytest.mark.parametrize("label", ["fsdp4", "hsdp2x2", "ddp4"])
+@pytest.mark.parametrize("side", ["longer", "inputs"])
+def test_dion_sends_thin_factors(side, label, counts):
+    """The formula of its plan page, and what is left of Muon's bytes."""
+    name = {"longer": "ext_dion", "inputs": "ext_dion_inputs"}[side]
+    replicas, ranks = {"fsdp4": (1, 4), "hsdp2x2": (2, 2), "ddp4": (1, 4)}[label]
+    n_floats = 0.0
+    for param in MATRICES:
+        n_out, n_in = param.shape
+        rank = math.ceil(min(n_out, n_in) / 4)
+        if label == "ddp4":
+            n_floats += (ranks - 1) * rank * (n_out + n_in + 1)
+        elif side == "inputs" or n_out < n_in:  # the basis is with its rows
+            n_floats += 2 * (ranks - 1) * rank * (n_in + 1)
+        else:
+            n_floats += (ranks - 1) * rank * (3 * n_in + 2 * n_out / ranks + 1)
+    sent = total(counts, name, label)
+    assert sent == pytest.approx(4 * replicas * n_floats, rel=1e-6)
+    # Two products are added up by ranks that each have summands of all of one side: with r columns
+    # this is 2 (ranks - 1) r numbers for each of its units, whoever adds, which for a square matrix
+    # is ranks * rank_fraction of what Muon sends.
+    allowed = {
+        ("longer", "fsdp4"): 1.05,
+        ("inputs", "fsdp4"): 0.65,
+        ("longer", "hsdp2x2"): 0.65,
+        ("inputs", "hsdp2x2"): 0.4,
+        ("longer", "ddp4"): 0.4,
+        ("inputs", "ddp4"): 0.4,
+    }
+    assert sent <= allowed[side, label] * total(counts, "ext_muon", label)
 
 
 def test_a_step_holds_two_buckets_and_two_matrices(mesh_results):
@@ -689,7 +741,7 @@ def test_compiled_is_the_same_rule(name):
     start = weights(MixedShapes())
     assert relative_error(run(True), run(False), start) < 1e-5
     counters.clear()
-    other = dict(lr=0.02, weight_decay=0.3)
+    other = CASES[name].other_values
     assert relative_error(run(True, **other), run(False, **other), start) < 1e-5
     assert counters["stats"]["unique_graphs"] == 0
 
@@ -782,7 +834,7 @@ def solve(name: str, loss_fn, shape, steps: int) -> float:
     torch.manual_seed(0)
     problem = Problem(shape)
     case = CASES[name]
-    optim = case.config.replace(lr=case.fast_lr, weight_decay=0.0).build(problem)
+    optim = case.config.replace(lr=case.fast_lr, **case.without_decay).build(problem)
     first = float(loss_fn(problem.weight.detach()))
     for step in range(steps):
         for group in optim.param_groups:

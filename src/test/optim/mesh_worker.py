@@ -7,16 +7,13 @@ import json
 import os
 import sys
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from cases import STEPS, grads_at, set_lr
-from cases import train as train_alone
-from memory import peak_bytes
-from models import ExpertShapes, LargeShapes
 from olmo_core.distributed.checkpoint import (
     load_model_and_optim_state,
     save_model_and_optim_state,
@@ -31,11 +28,17 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-from variants import BROKEN, VARIANTS, Variant
 
 from olmo_optim_ext import Muon, MuonConfig
 from olmo_optim_ext.engine.exchange import BroadcastExchange
 from olmo_optim_ext.engine.matrix import MatrixOptimizer
+from olmo_optim_ext.engine.matrix_base import MatrixBase
+
+from .case import STEPS, grads_at, set_lr
+from .case import train as train_alone
+from .memory import peak_bytes
+from .models import ExpertShapes, LargeShapes
+from .variants import BROKEN, COUNTED, VARIANTS, Variant
 
 Sharding = Callable[[Any], Any]
 
@@ -174,7 +177,7 @@ def run(variant: Variant, shard: Sharding, path: Path) -> None:
     model, at = shard(kind(0)), places(kind, shard)
     optim = variant.config.build(model)
     train(model, optim, kind(0), at, 0, STEPS)
-    if isinstance(optim, MatrixOptimizer):
+    if isinstance(optim, MatrixBase):
         paths = {name: (str(p), owners) for name, (p, owners) in optim.placements().items()}
         save(path.with_suffix(".paths"), paths)
     save(path, whole_weights(model, at))
@@ -219,37 +222,67 @@ def resume(variant: Variant, folder: Path) -> None:
             finish(label, checkpoint, folder / f"{name}-2to{label}.pt", save_at=LATER)
 
 
+@contextmanager
+def counted() -> Iterator[Dict[str, float]]:
+    """Bytes that this rank sends to others, reductions and broadcasts as rings do them."""
+    sent = {"bytes": 0.0}
+    originals = dist.all_to_all_single, dist.all_reduce, dist.broadcast
+
+    def all_to_all(output: Any, input: Any, coming: Any, splits: Any, *args: Any, **more: Any):
+        group = more.get("group", args[0] if args else None)
+        me = dist.get_rank(group)
+        sent["bytes"] += sum(n for i, n in enumerate(splits) if i != me) * input.itemsize
+        return originals[0](output, input, coming, splits, *args, **more)
+
+    def all_reduce(tensor: Any, *args: Any, **more: Any):
+        size = dist.get_world_size(more.get("group"))
+        sent["bytes"] += 2 * (size - 1) / size * tensor.nbytes
+        return originals[1](tensor, *args, **more)
+
+    def broadcast(tensor: Any, source: int, *args: Any, **more: Any):
+        size = dist.get_world_size(more.get("group"))
+        sent["bytes"] += (size - 1) / size * tensor.nbytes  # all but one pass it on
+        return originals[2](tensor, source, *args, **more)
+
+    dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce  # type: ignore[assignment]
+    dist.broadcast = broadcast  # type: ignore[assignment]
+    yield sent
+    dist.all_to_all_single, dist.all_reduce, dist.broadcast = originals
+
+
+def note_computed(optim: Any) -> List[str]:
+    """The names of the whole matrices that this rank computes from now on."""
+    computed: List[str] = []
+    if isinstance(optim, MatrixOptimizer):
+        on_owner = optim.on_owner
+
+        def noting(group: Any, owned: Any) -> Any:
+            computed.extend(owned.names)
+            return on_owner(group, owned)
+
+        optim.on_owner = noting  # type: ignore[method-assign]
+    return computed
+
+
 def count(folder: Path) -> None:
-    """What a rank sends in a step of Muon, and which matrices it orthogonalises."""
-    sent, computed = 0, []
-    all_to_all, rank = dist.all_to_all_single, dist.get_rank()
-
-    def counting(
-        output: Any, input: Any, output_splits: Any, input_splits: Any, **kwargs: Any
-    ) -> Any:
-        nonlocal sent
-        others = sum(n for i, n in enumerate(input_splits) if i != rank)
-        sent += others * input.itemsize
-        return all_to_all(output, input, output_splits, input_splits, **kwargs)
-
+    """What each rank sends in a step, and which matrices it computes."""
     kind = LargeShapes
-    shard = meshes(kind)["fsdp4"]
-    model, at = shard(kind(0)), places(kind, shard)
-    optim = MuonConfig().build(model)
-    on_owner = optim.on_owner
-
-    def noting(group, owned):
-        computed.extend(owned.names)
-        return on_owner(group, owned)
-
-    optim.on_owner = noting  # type: ignore[method-assign]
-    dist.all_to_all_single = counting  # type: ignore[assignment]
-    train(model, optim, kind(0), at, 0, 1)
-    dist.all_to_all_single = all_to_all
-    parts: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (sent, computed))
-    if rank == 0:
-        (folder / "counts.json").write_text(json.dumps(parts))
+    found: Dict[str, Dict[str, List[Any]]] = {}
+    for name, config in COUNTED.items():
+        for label in ("fsdp4", "hsdp2x2", "ddp4"):
+            shard = meshes(kind)[label]
+            model, at = shard(kind(0)), places(kind, shard)
+            optim: Any = config.build(model)
+            computed = note_computed(optim)
+            train(model, optim, kind(0), at, 0, 1)  # the second step may do more than the first
+            computed.clear()
+            with counted() as sent:
+                train(model, optim, kind(0), at, 1, 2)
+            parts: List[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (sent["bytes"], computed))
+            found.setdefault(name, {})[label] = parts
+    if dist.get_rank() == 0:
+        (folder / "counts.json").write_text(json.dumps(found))
 
 
 def measure(folder: Path) -> None:

@@ -4,7 +4,7 @@ which the contracts must fail.
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Sequence, Tuple, Type
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type
 
 import torch
 from typing_extensions import Unpack
@@ -15,7 +15,6 @@ from olmo_optim_ext.elementwise.moments import MOMENTS, adam_moments, adam_scala
 from olmo_optim_ext.engine.base import GroupWork
 from olmo_optim_ext.engine.elementwise import ElementwiseRule
 from olmo_optim_ext.engine.matrix import MatrixOptions, Owned
-from olmo_optim_ext.linalg.polar import polar
 from olmo_optim_ext.matrix.base import MatrixAndAdamW
 
 
@@ -31,13 +30,14 @@ class Whitening(MatrixAndAdamW):
 
     def __init__(self, params: Any, lr: float = 0.01, **options: Unpack[MatrixOptions]):
         defaults = dict(lr=lr, weight_decay=0.0)
-        adamw: Dict[str, Any] = dict(adamw_betas=(0.9, 0.95), adamw_eps=1e-8)
-        super().__init__(
-            params, defaults, adamw_lr=None, adamw_weight_decay=None, **adamw, **options
-        )
+        super().__init__(params, defaults, **options)
 
     def on_shards(
-        self, group: Mapping[str, Any], grad: torch.Tensor, buffers: Sequence[torch.Tensor]
+        self,
+        group: Mapping[str, Any],
+        grad: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        numbers: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, ...]:
         momentum = buffers[0] * 0.9 + grad * 0.1
         return momentum, momentum
@@ -47,7 +47,9 @@ class Whitening(MatrixAndAdamW):
     ) -> Dict[str, Tuple[int, ...]]:
         return {"gram": (n_out, n_out), "columns": (n_in,)}
 
-    def fill_factor(self, group: Mapping[str, Any], name: str, factor: torch.Tensor) -> None:
+    def fill_factor(
+        self, group: Mapping[str, Any], name: str, factor: torch.Tensor, matrix: str
+    ) -> None:
         if name == "gram":
             factor.diagonal().fill_(0.001)
 
@@ -73,10 +75,6 @@ class Whitening(MatrixAndAdamW):
 class WhiteningConfig(MatrixOptimConfig[Whitening]):
     lr: float = 0.01
 
-    def hyperparameters(self) -> Dict[str, Any]:
-        values = super().hyperparameters()
-        return {k: v for k, v in values.items() if not k.startswith("adamw_")}
-
     @classmethod
     def optimizer(cls) -> Type[Whitening]:
         return Whitening
@@ -90,8 +88,8 @@ class ShardLocalMuon(Muon):
             x = job.view(self._on_shards(job))
             if x.numel() == 0:
                 continue
-            update = polar(x.unsqueeze(0), self._polar_method, self._polar_steps)[0]
-            self._apply(job, job.weights(), update, self._scale(job, 0))
+            update = self.polar(x.unsqueeze(0))[0]
+            self.apply_update(job, job.weights(), update, self._scale(job, 0))
 
 
 def _masked_by_shard(

@@ -3,15 +3,20 @@ What is run on every mesh: all names, and besides what options and other models 
 """
 
 from dataclasses import replace
-from typing import Any, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple
 
-from cases import CASES, MixedShapes
-from models import ExpertShapes
+from olmo_core.config import DType
 from olmo_core.optim import OptimGroupOverride
-from toys import PerShardMaskConfig, ShardLocalMuonConfig, WhiteningConfig
 
-from olmo_optim_ext import list_optimizers
+from olmo_optim_ext import DionConfig, OrthonormalSide, get_config_class, list_optimizers
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
+from olmo_optim_ext.matrix.orthogonal import PolarConfig
+
+from .case import MixedShapes
+from .cases import CASES
+from .models import ExpertShapes
+from .noise_cases import TRIGGERED
+from .toys import PerShardMaskConfig, ShardLocalMuonConfig, WhiteningConfig
 
 
 class Variant(NamedTuple):
@@ -29,7 +34,7 @@ def _variants() -> List[Variant]:
     for name in list_optimizers():
         case = CASES[name]
         config, bitwise = case.config, case.bitwise
-        rounded = replace(config, state_dtype="bfloat16")
+        rounded = replace(config, state_dtype=DType.bfloat16)
         out += [
             Variant(name, MixedShapes, config, bitwise, resumes=True),
             Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise),
@@ -44,6 +49,23 @@ def _variants() -> List[Variant]:
                 Variant(f"{name}_row_blocks", MixedShapes, split, bitwise),
                 Variant(f"{name}_redundant", MixedShapes, alone, bitwise),
             ]
+    # The other side is orthonormal: rows of the basis are with the rows of the parameter, or not.
+    dion = CASES["ext_dion"].config
+    assert isinstance(dion, DionConfig)
+    for side in (OrthonormalSide.inputs, OrthonormalSide.outputs):
+        other = replace(dion, orthonormal_side=side)
+        out += [
+            Variant(f"ext_dion_{side}", MixedShapes, other, False, resumes=True),
+            Variant(f"ext_dion_{side}_experts", ExpertShapes, other, False, resumes=True),
+        ]
+    # Noise that follows from what was measured, and that stays.
+    orthogonal, isotropic = (CASES[f"muon_{name}"].config for name in ("orthonoise", "isotropic"))
+    persistent = replace(orthogonal, **{**TRIGGERED, "persist_noise": True})
+    out += [
+        Variant("muon_orthonoise_persistent", MixedShapes, persistent, False, resumes=True),
+        Variant("muon_orthonoise_persistent_experts", ExpertShapes, persistent, False),
+        Variant("muon_isotropic_triggered", MixedShapes, replace(isotropic, **TRIGGERED), False),
+    ]
     out += [
         Variant("whitening", MixedShapes, WhiteningConfig(), False, resumes=True),
         Variant("whitening_experts", ExpertShapes, WhiteningConfig(), False, resumes=True),
@@ -53,7 +75,17 @@ def _variants() -> List[Variant]:
 
 VARIANTS = _variants()
 
+MUON_LIKE = [name for name in list_optimizers() if isinstance(CASES[name].config, PolarConfig)]
+"""Names whose matrices travel to their owners and back."""
+
 BROKEN = [
     Variant("shard_local_polar", MixedShapes, ShardLocalMuonConfig(), False),
     Variant("per_shard_mask", MixedShapes, PerShardMaskConfig(), False),
 ]
+
+COUNTED: Dict[str, ExtOptimConfig] = {
+    **{name: get_config_class(name)() for name in MUON_LIKE},
+    "ext_dion": DionConfig(rank_fraction=0.25),
+    "ext_dion_inputs": DionConfig(rank_fraction=0.25, orthonormal_side=OrthonormalSide.inputs),
+}
+"""Of which the bytes that a rank sends are counted."""

@@ -1,0 +1,327 @@
+"""
+What ``muon_orthonoise`` and its control ``muon_isotropic`` share: Muon whose momentum gets noise
+before it is orthogonalised, while its effective rank is low.
+"""
+
+from dataclasses import dataclass
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
+
+import numpy as np
+import torch
+from olmo_core.config import StrEnum
+from typing_extensions import Unpack
+
+from ..engine.hyperparameters import to_choice, to_flag
+from ..engine.matrix import Owned
+from ..engine.random import generator
+from ..linalg.spectrum import effective_rank_of, lanczos
+from .muon_family import MuonFamily, MuonFamilyConfig, MuonOptions
+
+__all__ = [
+    "AlphaAnnealing",
+    "NoiseOptions",
+    "NoisyMuon",
+    "NoisyMuonConfig",
+    "alpha_at",
+]
+
+SPECTRUM, FIRED, NOISE = "spectrum", "fired", "noise"
+
+PROBES, STEPS = 8, 16
+"""
+Of Lanczos: exact to rounding up to a short side of 128, and beyond within 0.1 of the effective rank
+where that is half the short side. The host takes 3 ms for a matrix; for 16 probes it takes 18.
+"""
+
+
+class AlphaAnnealing(StrEnum):
+    """How the strength of the noise goes from ``alpha`` to ``alpha_end``, where it then stays."""
+
+    none = "none"
+    """It stays ``alpha``."""
+
+    linear = "linear"
+    """``alpha + (alpha_end - alpha) t / anneal_steps``."""
+
+    exponential = "exponential"
+    """``alpha (alpha_end / alpha)^(t / anneal_steps)``."""
+
+
+def alpha_at(group: Mapping[str, Any], step: int) -> float:
+    """The strength of the noise in a step, counted from 0: see :class:`AlphaAnnealing`."""
+    alpha, end, annealing = group["alpha"], group["alpha_end"], group["annealing"]
+    progress = min(step / group["anneal_steps"], 1.0)
+    if annealing == AlphaAnnealing.linear:
+        return alpha + (end - alpha) * progress
+    if annealing == AlphaAnnealing.exponential:
+        return alpha * (end / alpha) ** progress
+    return alpha
+
+
+class NoiseOptions(MuonOptions, total=False):
+    """Keywords of :class:`NoisyMuon`; for their meaning see :class:`NoisyMuonConfig`."""
+
+    alpha: float
+    alpha_end: float
+    annealing: AlphaAnnealing
+    anneal_steps: int
+    start_step: int
+    rank_threshold: Optional[float]
+    rank_interval: int
+    persist_noise: bool
+
+
+class NoisyMuon(MuonFamily):
+    """
+    Heavy-ball momentum ``M <- mu M + g``, and ``u = g + mu M`` (Nesterov) or ``M``. Where noise is
+    due, ``u + alpha_t |g|_F N`` is orthogonalised in place of ``u``; a variant says with
+    :meth:`directions` what ``N`` is, of Frobenius norm ``sqrt(min(out, in))``, and with
+    :meth:`smooth` what else is done.
+
+    Whether it is due the host decides without waiting for the device: the effective rank that is
+    measured in one step counts from the next one on. Nothing but state goes into the decision, so
+    that a resume continues it.
+
+    :param params: Groups with ``algorithm`` set to the variant's or ``"adamw"``.
+    :param own: Hyperparameters of groups that only the variant has.
+    """
+
+    measures = True
+    host_factors = (SPECTRUM,)
+
+    def __init__(
+        self,
+        params: Any,
+        own: Mapping[str, Any],
+        alpha: float = 1e-2,
+        alpha_end: float = 1e-3,
+        annealing: AlphaAnnealing = AlphaAnnealing.exponential,
+        anneal_steps: int = 1000,
+        start_step: int = 0,
+        rank_threshold: Optional[float] = 0.5,
+        rank_interval: int = 10,
+        persist_noise: bool = False,
+        **options: Unpack[MuonOptions],
+    ):
+        self._effective_ranks: Dict[str, Tuple[np.ndarray, float]] = {}
+        own = dict(
+            alpha=alpha,
+            alpha_end=alpha_end,
+            annealing=str(annealing),
+            anneal_steps=anneal_steps,
+            start_step=start_step,
+            rank_threshold=rank_threshold,
+            rank_interval=rank_interval,
+            persist_noise=persist_noise,
+            **own,
+        )
+        super().__init__(params, own, **options)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        name = type(self).__name__
+        to_choice(AlphaAnnealing, group["annealing"], "annealing", name)
+        to_flag(group["persist_noise"], "persist_noise", name)
+
+    def directions(self, gaussian: torch.Tensor) -> torch.Tensor:
+        """``N``, of Gaussian matrices ``(k, out, in)`` in float32."""
+        raise NotImplementedError
+
+    def smooth(self, group: Mapping[str, Any], noisy: torch.Tensor) -> torch.Tensor:
+        """What is orthogonalised in place of noisy matrices ``(k, out, in)``, at least float32."""
+        return noisy
+
+    def measure(
+        self,
+        group: Mapping[str, Any],
+        grads: Sequence[torch.Tensor],
+        add: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """``|g|_F^2``, ``(n, 1)``."""
+        # In float64, in which no square of a float32 overflows or is lost.
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        return add(torch.stack(norms).square().unsqueeze(-1))
+
+    def on_shards(
+        self,
+        group: Mapping[str, Any],
+        grad: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        numbers: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, ...]:
+        """``M <- mu M + g``; to be orthogonalised is ``g + mu M`` with the new ``M``, or ``M``."""
+        mu = group["momentum"]
+        momentum = buffers[0] * mu + grad
+        return grad + momentum * mu if group["nesterov"] else momentum, momentum
+
+    def factor_shapes(
+        self, group: Mapping[str, Any], n_out: int, n_in: int
+    ) -> Dict[str, Tuple[int, ...]]:
+        shapes: Dict[str, Tuple[int, ...]] = {FIRED: (1,)}
+        if group["rank_threshold"] is not None:
+            shapes[SPECTRUM] = _spectrum_shape(n_out, n_in)
+        if group["persist_noise"]:
+            shapes[NOISE] = (n_out, n_in)
+        return shapes
+
+    def on_owner(
+        self, group: Mapping[str, Any], owned: Owned
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        x, factors = owned.x, {}
+        work = torch.promote_types(x.dtype, torch.float32)
+        ahead, kept = 1.0, None
+        if group["persist_noise"]:
+            # Momentum is linear: M + E is momentum with the noise in it, and E stays here.
+            ahead = group["momentum"] if group["nesterov"] else 1.0
+            kept = owned.factors[NOISE] * group["momentum"]
+            x = x.to(work) + kept * ahead
+        if self._is_measured(group, owned):
+            factors[SPECTRUM] = lanczos(x, self._probes(owned), STEPS)
+        firing = self._firing(group, owned)
+        if firing:
+            noise = self._noise(group, owned, firing).to(work)
+            noisy = torch.stack([x[i] for i in firing]).to(work) + noise * ahead
+            x = _replaced(x, firing, self.smooth(group, noisy))
+            fired = [float(i in firing) for i in range(len(x))]
+            factors[FIRED] = torch.stack([n + f for n, f in zip(owned.factors[FIRED], fired)])
+            if kept is not None:
+                kept = _replaced(kept, firing, torch.stack([kept[i] for i in firing]) + noise)
+        if kept is not None:
+            factors[NOISE] = kept
+        return self.polar(x.to(owned.x.dtype)), factors
+
+    def report(
+        self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        firing = self._firing(group, owned)
+        fires = [float(i in firing) for i in range(len(owned.names))]
+        scales = [scale * f for scale, f in zip(self._scales(group, owned), fires)]
+        counts = [n.squeeze() + f for n, f in zip(owned.factors[FIRED], fires)]
+        return {
+            **super().report(group, owned, updates),
+            "noise scale": torch.stack(scales),
+            "noise fired": torch.stack(counts),
+        }
+
+    def _is_measured(self, group: Mapping[str, Any], owned: Owned) -> bool:
+        if group["rank_threshold"] is None:
+            return False
+        return (owned.call - 1) % group["rank_interval"] == 0
+
+    def _firing(self, group: Mapping[str, Any], owned: Owned) -> List[int]:
+        """Which of the matrices get noise."""
+        if owned.call - 1 < group["start_step"]:
+            return []
+        threshold, short = group["rank_threshold"], min(owned.x.shape[-2:])
+        if threshold is None:
+            return list(range(len(owned.names)))
+        return [
+            i
+            for i, (name, on_host) in enumerate(zip(owned.names, owned.on_host))
+            if self._effective_rank(name, on_host[SPECTRUM]) < threshold * short
+        ]
+
+    def _effective_rank(self, name: str, coefficients: np.ndarray) -> float:
+        """As last measured; infinite before the first measurement. Kept while they are the same."""
+        known = self._effective_ranks.get(name)
+        if known is None or not np.array_equal(known[0], coefficients):
+            rank = np.inf
+            if coefficients.any() and np.isfinite(coefficients).all():
+                rank = float(effective_rank_of(coefficients[None])[0])
+            known = self._effective_ranks[name] = (coefficients.copy(), rank)
+        return known[1]
+
+    def _scales(self, group: Mapping[str, Any], owned: Owned) -> torch.Tensor:
+        """``alpha_t |g|_F``, ``(k,)``."""
+        assert owned.numbers is not None
+        return owned.numbers[:, 0].sqrt() * alpha_at(group, owned.call - 1)
+
+    def _noise(self, group: Mapping[str, Any], owned: Owned, firing: List[int]) -> torch.Tensor:
+        """``alpha_t |g|_F N`` of those that get it, in float32 or float64."""
+        shape, device = owned.x.shape[-2:], owned.x.device
+        drawn = []
+        for i in firing:
+            source = generator(self._seed, owned.call, owned.names[i], "noise", device)
+            drawn.append(torch.randn(shape, generator=source, device=device))
+        scales = self._scales(group, owned)
+        scale = torch.stack([scales[i] for i in firing]).to(torch.float32)[:, None, None]
+        return self.directions(torch.stack(drawn)) * scale
+
+    def _probes(self, owned: Owned) -> torch.Tensor:
+        shape, device = (min(owned.x.shape[-2:]), PROBES), owned.x.device
+        drawn = []
+        for name in owned.names:
+            source = generator(self._seed, owned.call, name, "probes", device)
+            drawn.append(torch.randint(0, 2, shape, generator=source, device=device))
+        return torch.stack(drawn) * 2.0 - 1.0
+
+
+def _spectrum_shape(n_out: int, n_in: int) -> Tuple[int, ...]:
+    """Of what Lanczos returns for a matrix."""
+    x = torch.empty(1, n_out, n_in, device="meta")
+    return tuple(lanczos(x, x.new_empty(1, min(n_out, n_in), PROBES), STEPS).shape[1:])
+
+
+def _replaced(x: torch.Tensor, places: List[int], others: torch.Tensor) -> torch.Tensor:
+    """``x`` with others in some places: an index tensor would be a copy from the host."""
+    parts = list(x.to(others.dtype).unbind())
+    for i, other in zip(places, others):
+        parts[i] = other
+    return torch.stack(parts)
+
+
+Opt = TypeVar("Opt", bound=NoisyMuon)
+
+
+@dataclass
+class NoisyMuonConfig(MuonFamilyConfig[Opt], Generic[Opt]):
+    """Fields of the configs of Muon with noise; the author is that of project-muon-nolah."""
+
+    alpha: float = 1e-2
+    """
+    Strength of the noise in the first step, relative to the Frobenius norm of the gradient, > 0.
+    As in the author's code.
+    """
+
+    alpha_end: float = 1e-3
+    """
+    Strength from step ``anneal_steps`` on, > 0. What the author's code has after 1000 steps, where
+    it does not stop.
+    """
+
+    annealing: AlphaAnnealing = AlphaAnnealing.exponential
+    """How the strength goes from ``alpha`` to ``alpha_end``. As in the author's code."""
+
+    anneal_steps: int = 1000
+    """In how many steps, >= 1. As in the author's code."""
+
+    start_step: int = 0
+    """How many steps are without noise at first, >= 0. The author's code has none."""
+
+    rank_threshold: Optional[float] = 0.5
+    """
+    Noise is due while the effective rank of the momentum is below this share of ``min(out, in)``,
+    in (0, 1]. ``None`` gives noise in every step. As in the author's code.
+    """
+
+    rank_interval: int = 10
+    """
+    Every how many steps the effective rank is measured, >= 1. The author's code does in each, by
+    an SVD; momentum of 0.95 remembers 20 steps.
+    """
+
+    persist_noise: bool = False
+    """
+    Keep the noise in the momentum, as the author's code does: 4 bytes more per element of a matrix.
+    """

@@ -1,0 +1,81 @@
+"""
+What optimizers for matrices report of a step: on the device, without a sync, a few tensors for each
+matrix; on the host, later, the numbers that they stand for.
+"""
+
+from typing import Dict, Mapping
+
+import numpy as np
+import torch
+
+from ..engine.matrix import Owned
+from ..engine.random import random_signs
+from ..linalg.spectrum import (
+    PROBES,
+    effective_rank_of,
+    lanczos,
+    orthogonality_error,
+    stable_rank_of,
+)
+
+__all__ = ["orthogonal_report", "thin_report", "to_numbers"]
+
+SPECTRUM, GRAM = "spectrum", "gram"
+
+
+def orthogonal_report(
+    owned: Owned, updates: torch.Tensor, scale: float, seed: int
+) -> Dict[str, torch.Tensor]:
+    """
+    Of matrices ``x`` and of what an orthogonalisation made of them.
+
+    :param updates: Shape ``(k, out, in)``, before :paramref:`scale`.
+    """
+    shape = (min(owned.x.shape[-2:]), PROBES)
+    probes = [random_signs(shape, seed, owned.call, n, "report", owned.x) for n in owned.names]
+    return {
+        SPECTRUM: lanczos(owned.x, torch.stack(probes)),
+        "orthogonality error": orthogonality_error(updates),
+        "update RMS": updates.float().square().mean((-2, -1)).sqrt() * scale,
+    }
+
+
+def thin_report(
+    gram: torch.Tensor, lengths: torch.Tensor, n_out: int, n_in: int, scale: float
+) -> Dict[str, torch.Tensor]:
+    """
+    Of an update ``P V^T`` with orthonormal ``P``, where ``R = B^T P``, and ``V`` is ``R`` with its
+    columns divided by their lengths.
+
+    :param gram: ``R^T R``, ``(r, r)``.
+    :param lengths: By which columns were divided, ``(r,)``.
+    """
+    gram_of_v = gram / lengths / lengths.unsqueeze(-1)
+    error = gram_of_v - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    square = gram_of_v.diagonal().sum()
+    return {
+        GRAM: gram,
+        "orthogonality error": torch.linalg.matrix_norm(error) / len(gram) ** 0.5,
+        "update RMS": (square / (n_out * n_in)).sqrt() * scale,
+    }
+
+
+def to_numbers(report: Mapping[str, np.ndarray]) -> Dict[str, float]:
+    """
+    The report of one matrix as numbers: ``effective rank`` (exp of the entropy of the singular
+    values over their sum), ``stable rank`` (``|x|_F^2 / |x|_2^2``), and what else is in it. Of thin
+    factors these are of what they capture of the matrix. Host code.
+    """
+    out: Dict[str, float] = {}
+    if SPECTRUM in report:
+        coefficients = report[SPECTRUM][None]
+        out["effective rank"] = float(effective_rank_of(coefficients)[0])
+        out["stable rank"] = float(stable_rank_of(coefficients)[0])
+    if GRAM in report:
+        squares = np.linalg.eigvalsh(report[GRAM].astype(np.float64)).clip(min=0)
+        values = np.sqrt(squares)
+        share = values[values > 0] / max(values.sum(), np.finfo(np.float64).tiny)
+        out["effective rank"] = float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+        out["stable rank"] = float(squares.sum() / squares[-1]) if squares[-1] > 0 else 0.0
+    others = {key: float(value) for key, value in report.items() if key not in (SPECTRUM, GRAM)}
+    return {**out, **others}

@@ -1,0 +1,155 @@
+"""
+What the contract tests share: a model, gradients, and the form of a row of the contract table.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Tuple
+
+import torch
+import torch.nn as nn
+
+from olmo_optim_ext.config import ExtOptimConfig
+
+Grads = Dict[str, torch.Tensor]
+
+STEPS = 20
+"""Length of the runs that are compared across meshes and resumes."""
+
+
+class MixedShapes(nn.Module):
+    """One parameter of each kind; with 4 ranks some shards are uneven and some empty."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.embeddings = nn.Embedding(11, 8)
+        self.square = nn.Linear(8, 8)
+        self.tall = nn.Linear(8, 14, bias=False)
+        self.wide = nn.Linear(20, 6, bias=False)
+        self.few_rows = nn.Linear(8, 3)
+        self.row = nn.Linear(8, 1)
+        self.norm = nn.LayerNorm(8)
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for param in self.parameters():
+                param.copy_(torch.randn(param.shape, generator=generator) * 0.2)
+
+
+def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
+    """The global gradients of a step: the same whatever the mesh."""
+    grads: Grads = {}
+    for index, (name, param) in enumerate(model.named_parameters()):
+        generator = torch.Generator().manual_seed(1000 * step + index)
+        grads[name] = torch.randn(param.shape, generator=generator) * scale
+    return grads
+
+
+def train(
+    model: nn.Module, optim: torch.optim.Optimizer, first: int, last: int, scale: float = 0.1
+) -> None:
+    """Steps ``first`` to ``last`` (exclusive) on plain tensors, under a moving learning rate."""
+    for step in range(first, last):
+        set_lr(optim, step)
+        grads = grads_at(step, model, scale)
+        for name, param in model.named_parameters():
+            param.grad = grads[name]
+        optim.step()
+        optim.zero_grad()
+
+
+def set_lr(optim: torch.optim.Optimizer, step: int) -> None:
+    for group in optim.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+        group["lr"] = group["initial_lr"] * (1.0 - 0.01 * step)
+
+
+def weights(model: nn.Module) -> Dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def relative_error(
+    got: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
+) -> float:
+    """The largest ``||W - W_ref|| / ||W_ref - W_0||`` over parameters."""
+    return max(
+        float(
+            torch.linalg.vector_norm(got[name].double() - expected[name].double())
+            / torch.linalg.vector_norm(expected[name].double() - start[name].double())
+        )
+        for name in expected
+    )
+
+
+Oracle = Callable[[Dict[str, torch.Tensor], int], Dict[str, torch.Tensor]]
+"""From the start weights and a number of steps to the end weights."""
+
+
+@dataclass
+class Case:
+    config: ExtOptimConfig
+    """With which the contracts run."""
+
+    oracles: List[Tuple[ExtOptimConfig, Oracle, float]]
+    """Pairs of a config and what it must agree with, and the relative error allowed."""
+
+    bad_fields: List[Dict[str, Any]]
+    """Values that the config must refuse, one field each."""
+
+    bitwise: bool
+    """Whether meshes agree bitwise."""
+
+    fast_lr: float
+    """A learning rate that solves the small problems."""
+
+    state_bytes: Dict[str, float] = field(default_factory=dict)
+    """Bytes of state per parameter by algorithm."""
+
+    factor_bytes: Callable[[int, int], float] = lambda n_out, n_in: 0
+    """Bytes of state of an ``(out, in)`` matrix beside these."""
+
+    without_decay: Dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.0})
+    """Fields with which nothing is done to parameters but the update."""
+
+    other_values: Dict[str, Any] = field(default_factory=lambda: {"lr": 0.02, "weight_decay": 0.3})
+    """Other values of hyperparameters, which must not compile anything anew."""
+
+
+def torch_oracle(make: Callable[[List[nn.Parameter]], torch.optim.Optimizer]) -> Oracle:
+    def run(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+        model = MixedShapes()
+        model.load_state_dict(start)
+        optim = make(list(model.parameters()))
+        train(model, optim, 0, steps)
+        return weights(model)
+
+    return run
+
+
+def adamw_oracle(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+    """``torch.optim.AdamW`` with the hyperparameters of :data:`ADAMW_REST`."""
+    oracle = torch_oracle(
+        lambda params: torch.optim.AdamW(
+            params, lr=0.002, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.05, foreach=False
+        )
+    )
+    return oracle(start, steps)
+
+
+MATRICES = ("square.weight", "tall.weight", "wide.weight", "few_rows.weight")
+"""Of :class:`MixedShapes`."""
+
+ADAMW_REST: Dict[str, Any] = dict(
+    adamw_lr=0.002, adamw_betas=(0.8, 0.9), adamw_eps=1e-7, adamw_weight_decay=0.05
+)
+BAD_ENGINE: List[Dict[str, Any]] = [
+    {"compile": "false"},
+    {"skip_step": 1},
+    {"rolling_interval_length": 1},
+    {"rolling_interval_length": 1025},
+    {"sigma_factor": 0},
+    {"state_dtype": "float16"},
+    {"seed": -1},
+    {"cautious_weight_decay": "yes"},
+]
