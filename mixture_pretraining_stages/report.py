@@ -2,6 +2,7 @@
 What is left of a run to look at: a table and a picture, both made from its metrics.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -106,7 +107,7 @@ def draw_curves(
     for axes, (measure, curves) in zip(panels[2:], measures.items()):
         for role, points in curves.items():
             axes.plot(*zip(*points), marker=".", markersize=4, linewidth=1, label=role)
-        axes.set_ylabel(measure.replace("relative ", "relative\n"))
+        axes.set_ylabel(textwrap.fill(measure, 14))
         axes.legend(fontsize="small")
     panels[-1].set_xlabel("tokens")
     for axes in panels:

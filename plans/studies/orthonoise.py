@@ -9,7 +9,7 @@ The last three train a transformer of two layers and width 64 on the text that s
 
 import argparse
 from itertools import islice
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -154,31 +154,37 @@ def ask_warmup(steps: int) -> None:
 
 
 def ask_ranks(steps: int) -> None:
-    seen = sorted({1, 10, 30, steps // 2, steps})
+    """Two replicas with a batch each and the mean gradient, as DDP has them."""
+    tokens, seen = text(), sorted({1, 10, 30, steps // 2, steps})
 
-    def matrices(model: nn.Module) -> List[torch.Tensor]:
-        return [p.detach().clone() for n, p in model.named_parameters() if "blocks" in n]
+    def matrices(model: nn.Module) -> torch.Tensor:
+        parts = [p.detach().flatten() for n, p in model.named_parameters() if "blocks" in n]
+        return torch.cat(parts)
 
-    def distance(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
-        return sum(float((a - b).square().sum()) for a, b in zip(first, second)) ** 0.5
-
-    def path(seed: int) -> Dict[int, List[torch.Tensor]]:
-        model, found = new_model(0), {}
-        found[0] = matrices(model)
-
-        def look(step: int, optim: Any) -> None:
-            if step + 1 in seen:
-                found[step + 1] = matrices(model)
-
-        config = MuonOrthoNoiseConfig(rank_threshold=None, seed=seed)
-        train(model, config, steps, 0, look)
+    def apart(seeds: Sequence[int]) -> Dict[int, float]:
+        models = [new_model(0) for _ in seeds]
+        configs = [MuonOrthoNoiseConfig(rank_threshold=None, seed=seed) for seed in seeds]
+        optims = [config.build(model) for config, model in zip(configs, models)]
+        start, source, found = matrices(models[0]), np.random.default_rng(0), {}
+        for step in range(1, steps + 1):
+            for model in models:
+                loss_of(model, batch(tokens, source)).backward()
+            for params in zip(*(model.parameters() for model in models)):
+                mean = torch.stack([param.grad for param in params]).mean(0)
+                for param in params:
+                    param.grad = mean.clone()
+            for optim in optims:
+                optim.step()
+                optim.zero_grad()
+            if step in seen:
+                first, second = map(matrices, models)
+                found[step] = float((first - second).norm() / (first - start).norm())
         return found
 
-    reference, same, other = path(0), path(0), path(1)
+    same, other = apart((0, 0)), apart((0, 1))
     header("steps", "same seed", "seeds that differ")
     for step in seen:
-        moved = distance(reference[step], reference[0])
-        row(step, *(f"{distance(reference[step], x[step]) / moved:.3g}" for x in (same, other)))
+        row(step, f"{same[step]:.3g}", f"{other[step]:.3g}")
 
 
 QUESTIONS: Dict[str, Callable[[int], None]] = {

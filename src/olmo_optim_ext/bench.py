@@ -8,15 +8,12 @@ rounds: the bandwidth of memory and the rate of matrix products.
 """
 
 import inspect
-import json
 import math
-import os
-import platform
+import re
 import statistics
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import (
     Any,
@@ -29,22 +26,43 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    Union,
 )
 
 import torch
 import torch._dynamo.utils as dynamo_utils
 import torch.nn as nn
+import yaml
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import SkipStepOptimizer
-from rich.console import Group, RenderableType
-from rich.table import Table
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch.optim.optimizer import Optimizer
 
+from mixture_pretraining_stages.decoding import decode_fields
+
+from .bench_report import (
+    EXT_MUON,
+    FOREACH,
+    FUSED,
+    TORCH_MUON,
+    BenchResult,
+    NewtonSchulzRow,
+    Quartiles,
+    StepRow,
+    busy_notes,
+    machine_facts,
+    notes_on,
+    split_outside_brackets,
+    to_json,
+    to_table,
+)
 from .catalog import OptimizerInfo, closest, list_optimizers, optimizer_info
+from .config import ExtOptimConfig, MatrixOptimConfig
 from .engine.elementwise import forget_compiled
-from .engine.matrix_base import ALGORITHM, MatrixBase
+from .engine.matrix_base import MatrixBase
 from .linalg.polar import newton_schulz_flops, polar, uses_gram_form
 
 __all__ = [
@@ -59,10 +77,7 @@ __all__ = [
     "to_table",
 ]
 
-FUSED = "fused AdamW"
-FOREACH = "foreach AdamW"
-TORCH_MUON = "torch Muon"
-_BASELINES = (FUSED, FOREACH, TORCH_MUON)
+_BASELINES = (FUSED, FOREACH, TORCH_MUON, EXT_MUON)
 
 PROBE_BYTES = 512 * 2**20
 """
@@ -75,90 +90,6 @@ MIN_SIDE = 512
 
 _NOT_ALONE = ("hessian", "second_pass")
 """Needs, as the catalogue calls them, without which an optimizer cannot step."""
-
-
-class Quartiles(NamedTuple):
-    """Of the rounds."""
-
-    lower: float
-    median: float
-    upper: float
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One contestant."""
-
-    name: str
-    """Name in the catalogue, or of one of torch's optimizers."""
-
-    mode: str
-    """``eager`` or ``compiled``; empty for torch's own."""
-
-    seconds: Quartiles
-    """Of a step."""
-
-    versus: Dict[str, Quartiles]
-    """Time of a step over that of a torch optimizer in the same round: below 1 is faster."""
-
-    share_of_limit: Quartiles
-    """The least time that the machine allows over the time of the step."""
-
-    bytes_moved: int
-    """Reads of parameters, gradients and state, writes of parameters and state."""
-
-    flops: float
-    """Of matrix products, in the form that needs fewest."""
-
-    first_step_seconds: float
-    """Of the first step, compilation included."""
-
-    compilations: Optional[Dict[str, int]]
-    """How often each compiled function was compiled, for all shapes and learning rates."""
-
-    times: List[float]
-    """Seconds of each round."""
-
-
-@dataclass(frozen=True)
-class NewtonSchulzRow:
-    """The Newton-Schulz iteration alone, on matrices of one shape."""
-
-    rows: int
-    cols: int
-
-    form: str
-    """``plain`` or ``gram``."""
-
-    flops: int
-
-    seconds: Quartiles
-
-    share_of_gemm: Quartiles
-    """Its rate over that of one large square matrix product."""
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """What :func:`run_bench` measured."""
-
-    machine: Dict[str, Any]
-    settings: Dict[str, Any]
-
-    model: Dict[str, Any]
-    """Factory, parameters, and how many of them have each shape."""
-
-    bandwidth: Quartiles
-    """Bytes a second of in-place arithmetic on arrays far larger than the caches."""
-
-    gemm: Quartiles
-    """Floating point operations a second of a square matrix product."""
-
-    steps: List[StepRow]
-    newton_schulz: List[NewtonSchulzRow]
-
-    notes: List[str]
-    """What the figures do not say."""
 
 
 # Arithmetic
@@ -280,19 +211,35 @@ def _polar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+@dataclass(frozen=True)
+class _Matrices:
+    """A model of nothing but matrices, ``(out, in)``."""
+
+    shapes: Tuple[Tuple[int, int], ...]
+
+    def build(self, init_device: str) -> nn.Module:
+        blocks = [
+            nn.Linear(n_in, n_out, bias=False, device=init_device) for n_out, n_in in self.shapes
+        ]
+        return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+
+
 class _Model:
     """Copies of a model with gradients in common."""
 
-    def __init__(self, config: TransformerConfig, device: torch.device):
+    def __init__(self, config: Union[TransformerConfig, _Matrices], device: torch.device):
         self._config = config
         self._device = device
         self._generator = torch.Generator(device).manual_seed(0)
-        like = list(config.build(init_device="meta").parameters())
+        like = list(self.on_meta().parameters())
         self._values = [self._random(param, 0.02) for param in like]
         self._grads = [self._random(param, 1e-2) for param in like]
 
+    def on_meta(self) -> nn.Module:
+        return self._config.build(init_device="meta")
+
     def copy(self) -> nn.Module:
-        model = self._config.build(init_device="meta").to_empty(device=self._device)
+        model = self.on_meta().to_empty(device=self._device)
         for param, value, grad in zip(model.parameters(), self._values, self._grads):
             param.data.copy_(value)
             param.grad = grad
@@ -300,7 +247,7 @@ class _Model:
 
     def matrix_shapes(self, min_side: int) -> List[Tuple[int, int]]:
         """Distinct shapes of the matrices in blocks, where no side is shorter."""
-        named = self._config.build(init_device="meta").named_parameters()
+        named = self.on_meta().named_parameters()
         shapes = {tuple(p.shape) for name, p in named if name.startswith("blocks.")}
         return sorted((s[0], s[1]) for s in shapes if len(s) == 2 and min(s) >= min_side)
 
@@ -317,35 +264,80 @@ class _Model:
         return out.normal_(std=std, generator=self._generator)
 
 
-def _ours(info: OptimizerInfo, model: nn.Module, compiled: bool) -> Optimizer:
-    values: Dict[str, Any] = {"compile": compiled, "skip_step": True}
-    known = {field.name for field in fields(info.config_class)}
-    return info.config_class(**{k: v for k, v in values.items() if k in known}).build(model)
+@dataclass(frozen=True)
+class _Spec:
+    """An optimizer and its fields."""
+
+    name: str
+    """Of its row: that of the optimizer, and the fields as they were given."""
+
+    config: ExtOptimConfig
+
+    def build(self, model: nn.Module, compiled: bool) -> Optimizer:
+        return replace(self.config, compile=compiled).build(model)
+
+    def matrices(self, model: nn.Module) -> List[str]:
+        """The parameters that follow the rule for matrices."""
+        if not isinstance(self.config, MatrixOptimConfig):
+            return []
+        return list(self.config.layouts(model))
+
+    def flops(self, model: nn.Module, optim: Optimizer) -> float:
+        """Of a step, on matrices."""
+        if not isinstance(self.config, MatrixOptimConfig):
+            return 0.0
+        assert isinstance(optim, MatrixBase)
+        params = dict(model.named_parameters())
+        groups = {id(p): group for group in optim.param_groups for p in group["params"]}
+        total = 0.0
+        for name, layout in self.config.layouts(model).items():
+            for block in layout.blocks():
+                shape = (block.n_rows, block.n_cols)
+                n_out, n_in = shape[::-1] if layout.in_out else shape
+                total += optim.flops(groups[id(params[name])], n_out, n_in)
+        return total
 
 
-def _matrix_names(model: nn.Module, optim: Optimizer) -> List[str]:
-    """The parameters that follow the matrix rule."""
-    if not isinstance(optim, MatrixBase):
-        return []
-    groups = [g for g in optim.param_groups if g[ALGORITHM] == optim.algorithm]
-    ids = {id(param) for group in groups for param in group["params"]}
-    return [name for name, param in model.named_parameters() if id(param) in ids]
+class _Contestant(NamedTuple):
+    name: str
+
+    mode: str
+    """As in :class:`StepRow`."""
+
+    steps: _Steps
+    flops: float
 
 
-def _matrix_flops(model: nn.Module, optim: Optimizer) -> float:
-    if not isinstance(optim, MatrixBase):
-        return 0.0
-    params = dict(model.named_parameters())
-    return float(sum(optim.cost(*params[n].shape) for n in _matrix_names(model, optim)))
-
-
-def _torch_muon(model: nn.Module, matrices: Sequence[str]) -> _Steps:
+def _torch_muon(model: nn.Module, matrices: Sequence[str]) -> _Contestant:
     named = dict(model.named_parameters())
+    theirs = [named[name] for name in matrices]
     rest = [param for name, param in named.items() if name not in matrices]
-    return _Steps(
-        torch.optim.Muon([named[name] for name in matrices]),
-        torch.optim.AdamW(rest, fused=True),
-    )
+    optims: List[Optimizer] = [torch.optim.Muon(theirs)]
+    if rest:
+        optims.append(torch.optim.AdamW(rest, fused=True))
+    flops = sum(newton_schulz_flops(*param.shape) for param in theirs)
+    return _Contestant(TORCH_MUON, "", _Steps(*optims), float(flops))
+
+
+def _ours(spec: _Spec, model: nn.Module, mode: str) -> _Contestant:
+    optim = spec.build(model, compiled=mode == "compiled")
+    return _Contestant(spec.name, mode, _Steps(optim), spec.flops(model, optim))
+
+
+def _contestants(spec: _Spec, model: _Model, modes: Sequence[str]) -> List[_Contestant]:
+    """One optimizer in its modes, and what it runs against."""
+    out = [_ours(spec, model.copy(), mode) for mode in modes]
+    fused = torch.optim.AdamW(model.copy().parameters(), fused=True)
+    out.append(_Contestant(FUSED, "", _Steps(fused), 0.0))
+    matrices = spec.matrices(model.on_meta())
+    if not matrices:
+        foreach = torch.optim.AdamW(model.copy().parameters(), foreach=True)
+        return [*out, _Contestant(FOREACH, "", _Steps(foreach), 0.0)]
+    out.append(_torch_muon(model.copy(), matrices))
+    if spec.name != EXT_MUON:
+        (muon,), _ = _specs([EXT_MUON])
+        out.append(_ours(muon, model.copy(), "eager"))
+    return out
 
 
 # Measuring
@@ -399,7 +391,7 @@ def _compilations() -> Dict[str, int]:
 
 
 def _bench_one(
-    info: OptimizerInfo,
+    spec: _Spec,
     model: _Model,
     probes: Tuple[_Bandwidth, _Gemm],
     modes: Sequence[str],
@@ -408,57 +400,46 @@ def _bench_one(
     device: torch.device,
 ) -> Tuple[List[StepRow], _Timed]:
     """
-    One optimizer against torch's, which are measured again: all that takes part in a round is in
+    One optimizer against others, which are measured again: all that takes part in a round is in
     memory at the same time.
 
-    :returns: Rows of ours, then of torch's; and the times of the two probes.
+    :returns: Rows of its modes, then of the others; and the times of the two probes.
     """
     # What an earlier optimizer compiled must not count for this one.
     torch._dynamo.reset()
     forget_compiled()
     dynamo_utils.clear_compilation_metrics()
-    steps: Dict[str, _Steps] = {}
-    flops: Dict[str, float] = {}
-    matrices: List[str] = []
-    for mode in modes:
-        copy = model.copy()
-        optim = _ours(info, copy, compiled=mode == "compiled")
-        matrices = _matrix_names(copy, optim)
-        steps[mode] = _Steps(optim)
-        flops[mode] = _matrix_flops(copy, optim)
-    steps[FUSED] = _Steps(torch.optim.AdamW(model.copy().parameters(), fused=True))
-    if matrices:
-        steps[TORCH_MUON] = _torch_muon(model.copy(), matrices)
-        flops[TORCH_MUON] = flops[modes[0]]
-    else:
-        steps[FOREACH] = _Steps(torch.optim.AdamW(model.copy().parameters(), foreach=True))
-
+    entries = {f"{each.name} {each.mode}": each for each in _contestants(spec, model, modes)}
     bandwidth, gemm = probes
-    contestants = {**steps, "bandwidth": bandwidth, "gemm": gemm}
-    timed = _measure(contestants, rounds, warmup, device)
+    running = {key: each.steps for key, each in entries.items()}
+    timed = _measure({**running, "bandwidth": bandwidth, "gemm": gemm}, rounds, warmup, device)
     times = timed.times
     bandwidths = [bandwidth.nbytes / t for t in times["bandwidth"]]
     rates = [gemm.flops / t for t in times["gemm"]]
+    baselines = {
+        each.name: key
+        for key, each in entries.items()
+        if each.name in _BASELINES and each.mode != "compiled"
+    }
     rows = []
-    for key, contestant in steps.items():
-        ours = key in modes
-        bytes_moved = contestant.bytes_moved()
-        limits = limit_seconds(bytes_moved, flops.get(key, 0.0), bandwidths, rates)
+    for key, each in entries.items():
+        bytes_moved = each.steps.bytes_moved()
+        limits = limit_seconds(bytes_moved, each.flops, bandwidths, rates)
         rows.append(
             StepRow(
-                name=info.name if ours else key,
-                mode=key if ours else "",
+                name=each.name,
+                mode=each.mode,
                 seconds=quartiles(times[key]),
                 versus={
-                    other: ratios(times[key], times[other])
-                    for other in _BASELINES
-                    if other in steps and other != key
+                    other: ratios(times[key], times[its_key])
+                    for other, its_key in baselines.items()
+                    if its_key != key
                 },
                 share_of_limit=ratios(limits, times[key]),
                 bytes_moved=bytes_moved,
-                flops=flops.get(key, 0.0),
+                flops=each.flops,
                 first_step_seconds=timed.first[key],
-                compilations=_compilations() if key == "compiled" else None,
+                compilations=_compilations() if each.mode == "compiled" else None,
                 times=times[key],
             )
         )
@@ -484,9 +465,10 @@ def _bench_newton_schulz(
 
 def run_bench(
     names: Optional[Sequence[str]] = None,
-    model: str = "olmo3_100M",
-    n_layers: int = 4,
-    vocab_size: int = 8192,
+    model: Optional[str] = None,
+    n_layers: Optional[int] = None,
+    vocab_size: Optional[int] = None,
+    matrices: Optional[str] = None,
     rounds: int = 10,
     warmup: int = 2,
     compile: bool = True,
@@ -502,14 +484,18 @@ def run_bench(
 
     An optimizer with a rule for single coordinates runs against ``torch.optim.AdamW``, fused and
     foreach; one with a rule for matrices against ``torch.optim.Muon`` on the same matrices, with
-    fused AdamW for the rest, and against fused AdamW. The limit of a step is the time to read
-    parameters, gradients and state and write parameters and state at the measured bandwidth,
-    plus the time of its matrix products at the measured rate.
+    fused AdamW for the rest, against fused AdamW, and against our ``ext_muon``. The limit of a
+    step is the time to read parameters, gradients and state and write parameters and state at the
+    measured bandwidth, plus the time of its matrix products at the measured rate.
 
-    :param names: Of the catalogue; default are all that can step alone.
-    :param model: A factory of OLMo-core's ``TransformerConfig``. The default has 25M parameters in
-        four layers, with matrices of 512x512, 512x2048 and 2048x512.
-    :param n_layers: Layers, which are all alike.
+    :param names: Of the catalogue, also with fields: ``"ext_dion:rank_fraction=0.25,lr=0.02"``, in
+        which values are YAML. Default are all that can step alone.
+    :param model: A factory of OLMo-core's ``TransformerConfig``. The default is ``olmo3_100M``,
+        which with four layers has 25M parameters, in matrices of 512x512, 512x2048 and 2048x512.
+    :param n_layers: Layers, which are all alike; default is 4.
+    :param vocab_size: Rows of the embedding and of the head; default is 8192.
+    :param matrices: In place of a model, weights of linear maps alone, as out x in and how many of
+        them: ``"1024x4096,4096x1024:2"``.
     :param rounds: Measured steps of each contestant, at least 2.
     :param warmup: Steps of each before, at least 1; the first one compiles.
     :param compile: Measure the compiled rules as well.
@@ -525,38 +511,41 @@ def run_bench(
     _check_at_least("warmup", warmup, 1)
     if threads is not None:
         _check_at_least("threads", threads, 1)
-    infos, notes = _infos(names)
+    specs, notes = _specs(names)
     place = _device(device)
-    parameters = _Model(_model_config(model, n_layers, vocab_size), place)
+    config, facts = _what_to_step(model, n_layers, vocab_size, matrices)
+    parameters = _Model(config, place)
+    for spec in specs:
+        _check_built(spec, parameters.on_meta())
     modes = ["eager", "compiled"] if compile else ["eager"]
     ours: List[StepRow] = []
-    torchs: Dict[str, StepRow] = {}
+    others: Dict[str, StepRow] = {}
     probe_times: Dict[str, List[float]] = {"bandwidth": [], "gemm": []}
     alone = []
     with _threads(threads):
-        machine = _machine(place)
+        machine = machine_facts(place)
         probes = (_Bandwidth(probe_bytes, place), _Gemm(place))
-        for info in infos:
-            progress(info.name)
-            rows, timed = _bench_one(info, parameters, probes, modes, rounds, warmup, place)
-            ours += [row for row in rows if row.mode]
+        for spec in specs:
+            progress(spec.name)
+            rows, timed = _bench_one(spec, parameters, probes, modes, rounds, warmup, place)
+            ours += rows[: len(modes)]
             # Measured with each of ours, shown once.
-            torchs.update({row.name: row for row in rows if not row.mode})
+            others.update({row.name: row for row in rows[len(modes) :]})
             for key, seconds in probe_times.items():
                 seconds += timed.times[key]
         for shape in parameters.matrix_shapes(min_side):
             progress("newton_schulz {}x{}".format(*shape))
             alone.append(_bench_newton_schulz(shape, probes[1], rounds, place))
+    asked = {spec.name for spec in specs}
     return BenchResult(
         machine=machine,
         settings={"rounds": rounds, "warmup": warmup, "probe_bytes": probe_bytes},
-        model={"factory": model, "n_layers": n_layers, "vocab_size": vocab_size}
-        | parameters.facts(),
+        model=facts | parameters.facts(),
         bandwidth=quartiles([probes[0].nbytes / t for t in probe_times["bandwidth"]]),
         gemm=quartiles([probes[1].flops / t for t in probe_times["gemm"]]),
-        steps=[*ours, *torchs.values()],
+        steps=[*ours, *(row for row in others.values() if row.name not in asked)],
         newton_schulz=alone,
-        notes=notes + _busy(machine["load_average"]) + _notes(place),
+        notes=notes + busy_notes(machine["load_average"]) + notes_on(place),
     )
 
 
@@ -578,25 +567,69 @@ def _check_at_least(name: str, value: int, least: int) -> None:
         raise OLMoConfigurationError(f"{name}: {value} is not allowed, allowed is >= {least}")
 
 
-def _infos(names: Optional[Sequence[str]]) -> Tuple[List[OptimizerInfo], List[str]]:
-    """The optimizers, and a note on those that are left out."""
-    infos, notes = [], []
+def _specs(names: Optional[Sequence[str]]) -> Tuple[List[_Spec], List[str]]:
+    """The optimizers, each spec once, and a note on those that are left out."""
+    specs: Dict[str, _Spec] = {}
+    notes = []
     for name in names or list_optimizers():
+        name, colon, given = name.partition(":")
         try:
             info = optimizer_info(name)
         except OLMoConfigurationError as error:
             raise OLMoConfigurationError(f"names: {error}") from None
         missing = ", ".join(need for need in info.needs if need in _NOT_ALONE)
         if not missing:
-            if info not in infos:
-                infos.append(info)
+            full = f"{info.name}{colon}{given}"
+            specs[full] = _Spec(full, _config(info, given if colon else None, full))
         elif names:
             raise OLMoConfigurationError(
                 f"names: {name!r} cannot step without its {missing}, allowed are others"
             )
         else:
             notes.append(f"{name} was left out: it cannot step without its {missing}.")
-    return infos, notes
+    return list(specs.values()), notes
+
+
+def _config(info: OptimizerInfo, given: Optional[str], full: str) -> ExtOptimConfig:
+    """
+    The config of an optimizer, with the gate on unless a field says otherwise.
+
+    :param given: ``FIELD=VALUE,FIELD=VALUE``, if any.
+    """
+    values: Dict[str, Any] = {}
+    try:
+        for each in [] if given is None else split_outside_brackets(given):
+            field, equals, text = each.partition("=")
+            if not field or not equals:
+                raise OLMoConfigurationError(
+                    f"{each!r} is not allowed, allowed is FIELD=VALUE, with lists in brackets"
+                )
+            if field in values or field == "compile":
+                why = "is given twice" if field in values else "is the bench's to set"
+                raise OLMoConfigurationError(f"'{field}' {why}, allowed are other fields")
+            values[field] = _yaml(field, text)
+        return decode_fields(info.config_class, {"skip_step": True, **values}, "")
+    except OLMoConfigurationError as error:
+        raise OLMoConfigurationError(f"names: {full!r}: {error}") from None
+
+
+def _yaml(field: str, text: str) -> Any:
+    try:  # as the overrides of a spec are read: plain YAML takes 1e-3 for a text
+        parsed = OmegaConf.from_dotlist([f"value={text}"])
+        plain = OmegaConf.to_container(parsed, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError):
+        raise OLMoConfigurationError(f"{field}: {text!r} is no YAML, allowed is a value") from None
+    assert isinstance(plain, dict)
+    return plain["value"]
+
+
+def _check_built(spec: _Spec, on_meta: nn.Module) -> None:
+    """Refuse what a model shows to be wrong before minutes go into others."""
+    try:
+        spec.config.build_groups(on_meta)
+        spec.matrices(on_meta)
+    except OLMoConfigurationError as error:
+        raise OLMoConfigurationError(f"names: {spec.name!r}: {error}") from None
 
 
 def _device(name: str) -> torch.device:
@@ -606,6 +639,43 @@ def _device(name: str) -> torch.device:
             f"device: {name!r} is not allowed, allowed are {closest(name, allowed)}"
         )
     return torch.device(name)
+
+
+def _what_to_step(
+    model: Optional[str],
+    n_layers: Optional[int],
+    vocab_size: Optional[int],
+    matrices: Optional[str],
+) -> Tuple[Union[TransformerConfig, _Matrices], Dict[str, Any]]:
+    """What has the parameters, and what to record of it beside them."""
+    if matrices is None:
+        name = "olmo3_100M" if model is None else model
+        n_layers = 4 if n_layers is None else n_layers
+        vocab_size = 8192 if vocab_size is None else vocab_size
+        facts = {"factory": name, "n_layers": n_layers, "vocab_size": vocab_size}
+        return _model_config(name, n_layers, vocab_size), facts
+    of_model = {"model": model, "layers": n_layers, "vocab_size": vocab_size}
+    given = [key for key, value in of_model.items() if value is not None]
+    if given:
+        raise OLMoConfigurationError(
+            f"matrices: {matrices!r} is not allowed with {' and '.join(given)}, allowed is either"
+        )
+    return _Matrices(_shapes(matrices)), {}
+
+
+def _shapes(matrices: str) -> Tuple[Tuple[int, int], ...]:
+    shapes: List[Tuple[int, int]] = []
+    for each in matrices.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", each.strip())
+        n_out, n_in, count = (int(n or 1) for n in match.groups()) if match else (0, 0, 0)
+        # What has a side of 1 is a vector to the rules.
+        if min(n_out, n_in) < 2 or count < 1:
+            raise OLMoConfigurationError(
+                f"matrices: {each!r} is not allowed, allowed is OUTxIN, both >= 2, or "
+                "OUTxIN:COUNT, such as 1024x4096,4096x1024:2"
+            )
+        shapes += [(n_out, n_in)] * count
+    return tuple(shapes)
 
 
 def _model_config(name: str, n_layers: int, vocab_size: int) -> TransformerConfig:
@@ -650,131 +720,3 @@ def check_output(path: Path) -> None:
 
 
 # Reporting
-
-
-def _machine(device: torch.device) -> Dict[str, Any]:
-    return {
-        "device": str(device),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "last_level_cache": _last_level_cache(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ai2-olmo-core": version("ai2-olmo-core"),
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _last_level_cache() -> Optional[str]:
-    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-    return caches[-1].read_text().strip() if caches else None
-
-
-def _busy(load_average: Optional[Sequence[float]]) -> List[str]:
-    if load_average is None or load_average[0] < 0.5:
-        return []
-    return [
-        f"The machine was busy before this began: a load of {load_average[0]:.1f} over a minute."
-    ]
-
-
-def _notes(device: torch.device) -> List[str]:
-    if device.type == "cuda":
-        where = (
-            "On CUDA this bench was only reasoned about, with synchronisation around each timing: "
-            "check its figures."
-        )
-    else:
-        where = "No GPU was measured."
-    return [
-        "Steps of one process on parameters in memory: no exchange between ranks, no forward and "
-        "backward pass, no data.",
-        where,
-        "Ours run with the gate on; torch's have none. torch Muon multiplies in bfloat16, on CPUs "
-        "too, ours there in float32.",
-        "Ratios are medians and quartiles over rounds. limit: the least time of a step at the "
-        "measured rates, over its time. builds: compilations of each function, for all shapes.",
-        "A step that finds its state in a cache can beat the limit, which is that of memory.",
-    ]
-
-
-def to_json(result: BenchResult) -> str:
-    """All of the result. Quartiles are lists of lower, median and upper."""
-    return json.dumps(asdict(result), indent=1) + "\n"
-
-
-def to_table(result: BenchResult) -> RenderableType:
-    """
-    What to read: medians, and for ratios the quartiles behind; ``limit`` is the share of the limit,
-    ``builds`` how often each function of a rule was compiled. Rules for single coordinates and
-    rules for matrices have a table each.
-    """
-    parts: List[RenderableType] = [_title(result)]
-    for baseline, rows in _by_baseline(result).items():
-        # What fits into 80 columns; the rest is in the JSON.
-        table = _table("optimizer", "", "ms", f"x {FUSED}", f"x {baseline}", "limit", "builds")
-        for row in rows:
-            table.add_row(
-                row.name,
-                row.mode,
-                f"{row.seconds.median * 1e3:.1f}",
-                *(_spread(row.versus.get(name)) for name in (FUSED, baseline)),
-                f"{row.share_of_limit.median:.0%}",
-                "+".join(map(str, (row.compilations or {}).values())),
-            )
-        parts += ["", table]
-    if result.newton_schulz:
-        alone = _table("Newton-Schulz", "form", "ms", "of product rate")
-        for each in result.newton_schulz:
-            ms = f"{each.seconds.median * 1e3:.1f}"
-            share = _spread(each.share_of_gemm)
-            alone.add_row(f"{each.rows}x{each.cols}", each.form, ms, share)
-        parts += ["", alone]
-    return Group(*parts, "", *result.notes)
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for header in headers:
-        table.add_column(header, justify="right" if table.columns[1:] else "left", no_wrap=True)
-    return table
-
-
-def _by_baseline(result: BenchResult) -> Dict[str, List[StepRow]]:
-    """The rows that were measured together with foreach AdamW, and those with torch's Muon."""
-    rows = {
-        baseline: [row for row in result.steps if row.mode and baseline in row.versus]
-        for baseline in (FOREACH, TORCH_MUON)
-    }
-    for baseline in rows:
-        rows[baseline] += [row for row in result.steps if row.name in (FUSED, baseline)]
-    return {baseline: each for baseline, each in rows.items() if any(row.mode for row in each)}
-
-
-def _title(result: BenchResult) -> str:
-    machine, model = result.machine, result.model
-    return (
-        f"{model['factory']}, {model['n_layers']} layers, {model['parameters'] / 1e6:.1f}M "
-        f"parameters in {model['tensors']} tensors. {machine['gpu'] or machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, memory "
-        f"{result.bandwidth.median / 1e9:.1f} GB/s, products {result.gemm.median / 1e9:.0f} "
-        "GFLOP/s."
-    )
-
-
-def _spread(ratio: Optional[Quartiles]) -> str:
-    if ratio is None:
-        return ""
-    return f"{ratio.median:.3g} {ratio.lower:.3g}-{ratio.upper:.3g}"

@@ -267,7 +267,7 @@ _ROWS = (
         summary="Muon with gated gradients and damped momentum, a baseline for ablations",
         paper="project-muon-nolah (code, no paper)",
         state_bytes_per_param=4,
-        exchange="96 KiB a matrix in three all-reduces, and "
+        exchange="16 KiB a matrix in four all-reduces, and "
         + _WHOLE_MATRICES
         + "; under DDP its share of the updates once",
     ),
@@ -279,7 +279,12 @@ _BY_NAME: Dict[str, OptimizerInfo] = {row.name: row for row in _ROWS}
 def closest(name: str, allowed: Iterable[str]) -> str:
     """For messages: the allowed names, and those most like ``name``."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    known = {
+        **{each.removeprefix("ext_"): each for each in names},
+        **{each: each for each in names},
+    }
+    matches = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = dict.fromkeys(known[match] for match in matches)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return f"{', '.join(names)}{hint}"
 

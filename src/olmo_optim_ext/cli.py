@@ -14,6 +14,7 @@ from typing import Dict, List, Optional, Tuple, Type
 import typer
 from olmo_core.exceptions import OLMoConfigurationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mixture_pretraining_stages import launch
@@ -177,11 +178,22 @@ def pretrain(
 @app.command()
 def bench(
     names: Optional[List[str]] = typer.Argument(
-        None, metavar="[NAME ...]", help="Names of `olmo-optim list`; all if left out."
+        None,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="Names of `olmo-optim list`, also with fields; all if left out.",
     ),
-    model: str = typer.Option("olmo3_100M", help="A factory of OLMo-core's TransformerConfig."),
-    layers: int = typer.Option(4, min=1, help="Layers of the model; all are alike."),
-    vocab_size: int = typer.Option(8192, min=1, help="Rows of the embedding and of the head."),
+    model: Optional[str] = typer.Option(
+        None, help="A factory of OLMo-core's TransformerConfig; olmo3_100M if left out."
+    ),
+    layers: Optional[int] = typer.Option(
+        None, min=1, help="Layers of the model, all alike; 4 if left out."
+    ),
+    vocab_size: Optional[int] = typer.Option(
+        None, min=1, help="Rows of the embedding and of the head; 8192 if left out."
+    ),
+    matrices: Optional[str] = typer.Option(
+        None, metavar="OUTxIN[:COUNT],...", help="Bare matrices in place of a model."
+    ),
     rounds: int = typer.Option(10, "--rounds", "--steps", min=2, help="Measured steps of each."),
     warmup: int = typer.Option(2, min=1, help="Steps of each before; the first compiles."),
     threads: Optional[int] = typer.Option(
@@ -200,7 +212,11 @@ def bench(
     and with random gradients: no exchange between ranks, no forward pass and no data take part.
     Leave the machine alone while it runs: on two cores ten seconds to a minute for each optimizer.
 
-    [bold]Example:[/bold] olmo-optim bench ext_adamw muon --rounds 20
+    [bold]Examples:[/bold]
+
+    olmo-optim bench ext_adamw muon --rounds 20
+
+    olmo-optim bench ext_dion:rank_fraction=0.25,lr=0.02 --matrices 1024x4096,4096x1024:2
     """
     benchmark.check_output(output)
     with errors.status("measuring") as status:
@@ -209,12 +225,13 @@ def bench(
             model=model,
             n_layers=layers,
             vocab_size=vocab_size,
+            matrices=matrices,
             rounds=rounds,
             warmup=warmup,
             compile=compile,
             threads=threads,
             device=device,
-            progress=lambda what: status.update(f"measuring {what}"),
+            progress=lambda what: status.update(f"measuring {escape(what)}"),
         )
     output.write_text(benchmark.to_json(result))
     console.print(benchmark.to_table(result), highlight=False)

@@ -16,9 +16,11 @@ import pytest
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from olmo_optim_ext import bench, cli, list_optimizers
 from olmo_optim_ext.bench import (
+    EXT_MUON,
     FOREACH,
     FUSED,
     TORCH_MUON,
@@ -36,10 +38,24 @@ TINY: Dict[str, Any] = dict(
     model="olmo2_1M", n_layers=1, vocab_size=64, rounds=2, warmup=1, min_side=12, probe_bytes=4096
 )
 
+BARE: Dict[str, Any] = dict(
+    matrices="16x24,24x16:2", rounds=2, warmup=1, min_side=12, probe_bytes=4096, compile=False
+)
+
 
 @pytest.fixture(scope="module")
 def result() -> BenchResult:
     return run_bench(["ext_adamw", "muon"], compile=False, **TINY)
+
+
+@pytest.fixture(scope="module")
+def bare() -> BenchResult:
+    """Two optimizers with fields and one without, on matrices alone."""
+    return run_bench([DION, NOISE, "muon_orthonoise"], **BARE)
+
+
+DION = "ext_dion:rank_fraction=0.25,orthonormalization=qr"
+NOISE = "muon_orthonoise:rank_threshold=null,alpha=2e-2,adamw_betas=[0.8,0.9]"
 
 
 # Arithmetic
@@ -69,9 +85,9 @@ def test_every_contestant_has_a_row(result: BenchResult):
     assert rows == [
         ("ext_adamw", "eager", {FUSED, FOREACH}),
         ("ext_muon", "eager", {FUSED, TORCH_MUON}),
-        (FUSED, "", {TORCH_MUON}),
+        (FUSED, "", {TORCH_MUON, EXT_MUON}),
         (FOREACH, "", {FUSED}),
-        (TORCH_MUON, "", {FUSED}),
+        (TORCH_MUON, "", {FUSED, EXT_MUON}),
     ]
     for row in result.steps:
         assert len(row.times) == TINY["rounds"]
@@ -153,8 +169,10 @@ def _with_lists(value: Any) -> Any:
 def test_the_table_names_everything_in_80_columns(result: BenchResult):
     text = _printed(result)
     for row in result.steps:
-        line = next(x for x in text.splitlines() if x.split()[:1] == row.name.split()[:1])
-        assert f"{row.seconds.median * 1e3:.1f}" in line
+        assert any(
+            line.startswith(row.name) and f"{row.seconds.median * 1e3:.1f}" in line
+            for line in text.splitlines()
+        )
     for each in result.newton_schulz:
         assert f"{each.rows}x{each.cols}" in text
     assert "No GPU was measured" in text
@@ -173,6 +191,38 @@ def test_the_table_shows_ratios_and_compilations(result: BenchResult):
     assert line.split() == ("ext_adamw compiled 2.0 1.5 1.25-1.75 0.2 0.1-0.3 80% 1+2".split())
 
 
+def test_the_table_has_room_for_long_names_and_values(bare: BenchResult):
+    spread, seconds = Quartiles(0.9812, 0.9851, 0.9944), Quartiles(1.1, 1.2, 1.3)
+    versus = {FUSED: Quartiles(7.0, 7.0, 7.0), TORCH_MUON: spread, EXT_MUON: spread}
+    steps = [
+        replace(row, mode="compiled", versus=versus, seconds=seconds, compilations={"a": 1, "b": 1})
+        for row in bare.steps
+    ]
+    text = _printed(replace(bare, steps=steps))
+    assert "…" not in text
+    lines = [line.strip() for line in text.splitlines()]
+    header = next(line for line in lines if line.startswith("optimizer"))
+    # The fused AdamW's are in the JSON.
+    assert f"x {FUSED}" not in header
+    assert header.index(f"x {EXT_MUON}") < header.index(f"x {TORCH_MUON}")
+    figures = "compiled 1200.0 0.99 0.98-0.99 0.99 0.98-0.99".split()
+    for name in ("ext_dion", "muon_orthonoise"):
+        assert any(line.split()[:7] == [name, *figures] for line in lines)
+    for field in ("rank_fraction=0.25", "orthonormalization=qr", "adamw_betas=[0.8,0.9]"):
+        assert field in re.sub(r"\s", "", text)
+
+
+def test_the_title_says_what_was_stepped(result: BenchResult, bare: BenchResult):
+    assert _printed(result).startswith("olmo2_1M, 1 layers, 0.0M parameters")
+    assert _printed(bare).startswith("1 of 16x24, 2 of 24x16, 0.0M parameters in 3 tensors.")
+
+
+def test_a_name_in_brackets_is_no_markup(bare: BenchResult):
+    name = "ext_muon:group_overrides=[{params: [red], opts: {}}]"
+    text = _printed(replace(bare, steps=[replace(bare.steps[0], name=name)]))
+    assert "[red]" in re.sub(r"\s", "", text)
+
+
 def _printed(result: BenchResult) -> str:
     text = io.StringIO()
     Console(width=80, file=text).print(to_table(result))
@@ -183,6 +233,93 @@ def _printed(result: BenchResult) -> str:
 def test_every_optimizer_of_the_catalogue_runs(name: str):
     rows = run_bench([name], compile=False, **TINY).steps
     assert rows[0].name == name
+
+
+def test_each_spec_has_a_row_of_its_own(bare: BenchResult):
+    rows = [(row.name, row.mode, set(row.versus)) for row in bare.steps]
+    everything = {FUSED, TORCH_MUON, EXT_MUON}
+    assert rows == [
+        (DION, "eager", everything),
+        (NOISE, "eager", everything),
+        ("muon_orthonoise", "eager", everything),
+        (FUSED, "", everything - {FUSED}),
+        (TORCH_MUON, "", everything - {TORCH_MUON}),
+        (EXT_MUON, "eager", everything - {EXT_MUON}),
+    ]
+    times = {row.name: row.times for row in bare.steps}
+    versus = bare.steps[2].versus[EXT_MUON]  # the last, whose rounds the others' rows show
+    assert versus == ratios(times["muon_orthonoise"], times[EXT_MUON])
+
+
+def test_ext_muon_is_shown_once():
+    names = [row.name for row in run_bench(["scion", "muon", "ext_muon"], **BARE).steps]
+    assert names == ["scion", EXT_MUON, FUSED, TORCH_MUON]
+
+
+def test_the_fields_of_a_spec_reach_the_optimizer():
+    (noise, dion), _ = bench._specs([NOISE, "dion:skip_step=false,group_overrides=[{params: [a, b],"
+                                     " opts: {lr: 0.5, weight_decay: 0}}]"])  # fmt: skip
+    config: Any = noise.config
+    assert (config.rank_threshold, config.alpha, config.adamw_betas) == (None, 0.02, (0.8, 0.9))
+    assert config.skip_step
+    assert dion.name.startswith("ext_dion:skip_step=false,") and not dion.config.skip_step
+    (override,) = dion.config.group_overrides or []
+    assert override.params == ["a", "b"] and override.opts == {"lr": 0.5, "weight_decay": 0}
+
+
+def test_bare_matrices_have_their_shapes(bare: BenchResult):
+    assert bare.model == {
+        "parameters": 3 * 16 * 24,
+        "tensors": 3,
+        "shapes": {"16x24": 1, "24x16": 2},
+    }
+    assert [(each.rows, each.cols) for each in bare.newton_schulz] == [(16, 24), (24, 16)]
+    flops = newton_schulz_flops(16, 24) + 2 * newton_schulz_flops(24, 16)
+    rows = {row.name: row for row in bare.steps}
+    assert rows[TORCH_MUON].flops == rows[EXT_MUON].flops == flops
+    # The outputs of 24x16 and the inputs of 16x24 are orthonormal, in a quarter of the rank.
+    assert rows[DION].flops == 3 * (8 * 16 * 24 * 4 + 4 * 24 * 4**2)
+
+
+def test_bare_matrices_do_for_single_coordinates():
+    assert [row.name for row in run_bench(["ext_adamw"], **BARE).steps] == [
+        "ext_adamw",
+        FUSED,
+        FOREACH,
+    ]
+
+
+@pytest.mark.parametrize("side", ["longer", "inputs", "outputs"])
+def test_the_flops_of_dion_are_those_of_its_step(side: str):
+    (spec, other), _ = bench._specs(
+        [
+            f"dion:rank_fraction=0.3,orthonormal_side={side},orthonormalization={method}"
+            for method in ("qr", "rcqr")
+        ]
+    )
+    model = bench._Model(bench._Matrices(((16, 24), (24, 16))), torch.device("cpu")).copy()
+    optim = spec.build(model, compiled=False)
+    # The counter knows products, but none in place, and no QR.
+    in_place = {torch.ops.aten.addmm_: lambda x, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        optim.step()
+    r = 5
+    orthonormal = {"longer": 24 + 24, "inputs": 24 + 16, "outputs": 16 + 24}[side]
+    flops = spec.flops(model, optim)
+    check = 4 * orthonormal * r  # whether P is orthonormal; left out of the limit
+    assert flops == counter.get_total_flops() - check + 4 * orthonormal * r**2
+    assert (
+        other.flops(model, other.build(model, compiled=False)) == flops + 2.5 * orthonormal * r**2
+    )
+
+
+def test_flops_are_those_of_the_blocks_of_a_matrix():
+    (whole, halves), _ = bench._specs(
+        ["muon", "muon:group_overrides=[{params: ['*'], opts: {row_blocks: 2}}]"]
+    )
+    model = bench._Model(bench._Matrices(((32, 16),)), torch.device("cpu")).copy()
+    assert whole.flops(model, whole.build(model, False)) == newton_schulz_flops(32, 16)
+    assert halves.flops(model, halves.build(model, False)) == 2 * newton_schulz_flops(16, 16)
 
 
 def test_a_compiled_rule_is_compiled_once_for_all_shapes():
@@ -209,7 +346,8 @@ def test_the_gate_is_fed_and_skips_nothing():
     torch.manual_seed(0)
     model = bench._Model(bench._model_config("olmo2_1M", 1, 64), torch.device("cpu"))
     copy = model.copy()
-    steps = bench._Steps(bench._ours(bench.optimizer_info("ext_adamw"), copy, compiled=False))
+    (spec,), _ = bench._specs(["ext_adamw"])
+    steps = bench._Steps(spec.build(copy, compiled=False))
     weight = next(copy.parameters())
     for _ in range(200):  # longer than the window over which spikes are judged
         before = weight.clone()
@@ -246,12 +384,39 @@ def test_threads_are_put_back():
         ({"model": "olmo9"}, "model: .*'olmo9'"),
         ({"model": "llama_like"}, "model: .*'llama_like'"),
         ({"device": "abacus"}, "device: 'abacus' .*cpu"),
+        ({"matrices": "8x8"}, "matrices: '8x8' .* model and layers and vocab_size"),
+        ({"names": ["muon:lrr=1"]}, "names: 'ext_muon:lrr=1': lrr: .*mean lr"),
+        ({"names": ["muon:lr=x"]}, "names: 'ext_muon:lr=x': lr: 'x' .* a number"),
+        ({"names": ["muon:lr=-1"]}, "names: 'ext_muon:lr=-1': .*'lr' is -1.0, allowed"),
+        ({"names": ["muon:lr"]}, "names: 'ext_muon:lr': 'lr' .* FIELD=VALUE"),
+        ({"names": ["muon:"]}, "names: 'ext_muon:': '' .* FIELD=VALUE"),
+        ({"names": ["muon:=1"]}, "names: 'ext_muon:=1': '=1' .* FIELD=VALUE"),
+        ({"names": ["adamw:betas=0.9,0.95"]}, "'0.95' .* FIELD=VALUE, with lists in brackets"),
+        ({"names": ["adamw:betas=[0.9,lr=1"]}, "betas: .*0.9,lr=1' is no YAML"),
+        ({"names": ["muon:lr=${x}"]}, r"lr: '\$\{x\}' is no YAML"),
+        ({"names": ["muon:lr=1,lr=2"]}, "'lr' is given twice"),
+        ({"names": ["muon:compile=true"]}, "'compile' is the bench's to set"),
+        ({"names": ["sopa:lr=1"]}, "names: there is no optimizer 'sopa'"),
+        ({"names": ["adamw", "muon:row_blocks=3"]}, "names: 'ext_muon:row_blocks=3': "),
     ],
     ids=str,
 )
 def test_bad_arguments_are_named(arguments: Dict[str, Any], message: str):
     with pytest.raises(OLMoConfigurationError, match=message):
         run_bench(**{"names": ["ext_adamw"], "compile": False, **TINY, **arguments})
+
+
+@pytest.mark.parametrize("given", ["model", "n_layers", "vocab_size"])
+def test_matrices_take_the_place_of_a_model(given: str):
+    name = given.removeprefix("n_")
+    with pytest.raises(OLMoConfigurationError, match=f"'16x24.*' is not allowed with {name}, "):
+        run_bench(["ext_adamw"], **BARE, **{given: TINY[given]})
+
+
+@pytest.mark.parametrize("shape", ["", "8", "8x", "8x8x8", "8x8:", "8x8:0", "1x8", "-8x8", "8.0x8"])
+def test_shapes_that_are_none_are_named(shape: str):
+    with pytest.raises(OLMoConfigurationError, match=f"matrices: '{shape}' .* OUTxIN:COUNT"):
+        run_bench(["ext_adamw"], **{**BARE, "matrices": f"16x24,{shape}"})
 
 
 @pytest.fixture
@@ -297,10 +462,23 @@ def test_the_command_prints_and_saves(call, tmp_path):
     assert [row["name"] for row in saved["steps"]] == ["ext_adamw", FUSED, FOREACH]
 
 
+def test_the_command_takes_fields_and_matrices(call, tmp_path):
+    output = tmp_path / "bench.json"
+    options = ["--matrices", "16x24:2", "--steps", "2", "--no-compile", "--output", str(output)]
+    code, out, _ = call("muon:adamw_betas=[0.8,0.9],lr=1e-3", *options)
+    assert code == 0 and "2 of 16x24" in out and "adamw_betas=[0.8,0.9]" in out
+    name = json.loads(output.read_text())["steps"][0]["name"]
+    assert name == "ext_muon:adamw_betas=[0.8,0.9],lr=1e-3"
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (["sopa"], "names: there is no optimizer 'sopa'"),
+        (["adamw:lrr=1"], "names: 'ext_adamw:lrr=1': lrr: "),
+        (["adamw:betas=[0.9"], "names: .*betas: '.0.9' is no YAML"),
+        (["adamw", "--matrices", "8x"], "matrices: '8x'"),
+        (["adamw", "--matrices", "8x8", "--layers", "2"], "'8x8' is not allowed with layers"),
         (["adamw", "--rounds", "1"], "--rounds"),
         (["adamw", "--model", "olmo9"], "model: .*olmo9"),
         (["adamw", "--device", "abacus"], "device: 'abacus'"),

@@ -34,10 +34,10 @@ class FactorPlan:
 
     group: Optional[dist.ProcessGroup] = None
 
-    by_rows: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    by_rows: Mapping[str, Sequence[Optional[Sequence[int]]]] = field(default_factory=dict)
     """
     Factors whose rows are not the owner's, but shared by the ranks: for each matrix how many of
-    them each rank has, in the order of ranks.
+    them each rank has, in the order of ranks; ``None`` if they are the owner's after all.
     """
 
     grid: Sequence[Sequence[Tuple[int, int]]] = ()
@@ -62,11 +62,13 @@ class FactorPlan:
         n = self._numel(name, matrix)
         if rank is None or self.group is None:
             return 0, n
-        if name in self.by_rows:
-            rows_on = self.by_rows[name][matrix]
+        if (rows_on := self._rows_on(name, matrix)) is not None:
             n //= max(sum(rows_on), 1)
             return sum(rows_on[:rank]) * n, sum(rows_on[: rank + 1]) * n
         return (0, n) if self.owners[matrix] == rank else None
+
+    def _rows_on(self, name: str, matrix: int) -> Optional[Sequence[int]]:
+        return self.by_rows[name][matrix] if name in self.by_rows else None
 
     def _offsets(self, name: str, rank: Optional[int]) -> Dict[int, Tuple[int, int, int]]:
         """
@@ -96,12 +98,12 @@ class FactorPlan:
     def views(self, state: Mapping[str, torch.Tensor], matrix: int) -> Dict[str, torch.Tensor]:
         """What this rank holds of the factors of a matrix, views of its state."""
         out = {}
-        for name, shape in self.shapes[matrix].items():
+        for name in self.shapes[matrix]:
             offsets = self._offsets(name, self._rank)
             if matrix in offsets:
                 offset, begin, end = offsets[matrix]
                 held = state[name][offset : offset + end - begin]
-                out[name] = held.view(self._held_shape(name, shape, end - begin))
+                out[name] = held.view(self._held_shape(name, matrix, end - begin))
         return out
 
     def held_part(self, name: str, matrix: int, whole: torch.Tensor) -> torch.Tensor:
@@ -109,11 +111,12 @@ class FactorPlan:
         part = self._part(name, matrix, self._rank)
         assert part is not None
         held = whole.reshape(-1)[slice(*part)]
-        return held.view(self._held_shape(name, whole.shape, held.numel()))
+        return held.view(self._held_shape(name, matrix, held.numel()))
 
-    def _held_shape(self, name: str, shape: Shape, numel: int) -> Shape:
-        row = math.prod(shape[1:])
-        return (numel // row, *shape[1:]) if name in self.by_rows else tuple(shape)
+    def _held_shape(self, name: str, matrix: int, numel: int) -> Shape:
+        shape = self.shapes[matrix][name]
+        shared = self._rows_on(name, matrix) is not None
+        return (numel // math.prod(shape[1:]), *shape[1:]) if shared else shape
 
     def numel(self, name: str) -> int:
         """Elements of the factors of all matrices."""

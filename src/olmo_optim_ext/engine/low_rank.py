@@ -76,8 +76,8 @@ class LowRankPlan(Plan):
     boxes: Sequence[Part]
     """What each rank of the group has of the parameter; where each has all of it, one for all."""
 
-    flipped: bool
-    """Whether ``A`` is the transpose of a matrix as it is stored."""
+    flipped: Sequence[bool]
+    """Of each matrix whether ``A`` is the transpose of it as it is stored."""
 
     @property
     def _size(self) -> int:
@@ -106,16 +106,16 @@ class LowRankPlan(Plan):
     def shape_of_a(self, k: int) -> Tuple[int, int]:
         block = self.blocks[k][1]
         shape = (block.n_rows, block.n_cols)
-        return shape[::-1] if self.flipped else shape
+        return shape[::-1] if self.flipped[k] else shape
 
     def thin_rank(self, k: int) -> int:
         """``r``."""
         return self.factors.shapes[k][BASIS][1]
 
-    @property
-    def basis_is_owners(self) -> bool:
+    def basis_is_owners(self, k: int) -> bool:
         """Whether only the owner has the basis; else each rank has the rows that it needs."""
-        return len(self.boxes) > 1 and BASIS not in self.factors.by_rows
+        by_rows = self.factors.by_rows
+        return len(self.boxes) > 1 and (BASIS not in by_rows or by_rows[BASIS][k] is None)
 
     def has_rows_of_r(self, k: int) -> bool:
         """Whether the product with this rank's part is ``R`` in its rows, and no summand of it."""
@@ -123,7 +123,7 @@ class LowRankPlan(Plan):
             return self.placing.group is None
         whole = (0, self.shape_of_a(k)[0])
         by_rows = all(rows in ((0, 0), whole) for rows, _ in self._sides[k])
-        return by_rows and not self.basis_is_owners
+        return by_rows and not self.basis_is_owners(k)
 
     def thin(self, k: int, side: int) -> Thin:
         """``P`` (``side`` 0), what has the rows of the basis (1) or one number a column (2)."""
@@ -147,8 +147,11 @@ class LowRankPlan(Plan):
     @cached_property
     def _sides(self) -> List[List[Tuple[Rows, Rows]]]:
         """For each matrix and rank the rows and the columns of its part of ``A``."""
-        parts = [[box.within(block) for box in self.boxes] for _, block in self.blocks]
-        return [[its[::-1] if self.flipped else (*its,) for its in each] for each in parts]
+        out = []
+        for flipped, (_, block) in zip(self.flipped, self.blocks):
+            parts = [box.within(block) for box in self.boxes]
+            out.append([(p.cols, p.rows) if flipped else (p.rows, p.cols) for p in parts])
+        return out
 
 
 class LowRankOptimizer(MatrixBase):
@@ -265,15 +268,20 @@ class LowRankOptimizer(MatrixBase):
     ) -> Plan:
         blocks = list(enumerate(layout.blocks()))
         shapes = self._factor_shapes(group, layout)
-        flipped = self.transposes(group, *_out_in(layout, blocks[0][1])) != layout.in_out
+        flipped = [
+            self.transposes(group, *_out_in(layout, block)) != layout.in_out for _, block in blocks
+        ]
         factors = FactorPlan(shapes)
         if len(boxes) > 1:
             # Where ranks share rows, what belongs to rows is with them.
-            rows = [[box.within(block).shape[0] for box in boxes] for _, block in blocks]
-            by_rows = {BASIS: rows} if flipped and _divides_rows(boxes, layout) else {}
-            factors = FactorPlan(
-                shapes, owners, placing.group, by_rows, _grid(param, placing.group)
-            )
+            by_rows = [
+                [box.within(block).shape[0] for box in boxes]
+                if flips and _divides_rows(boxes, layout)
+                else None
+                for flips, (_, block) in zip(flipped, blocks)
+            ]
+            grid = _grid(param, placing.group)
+            factors = FactorPlan(shapes, owners, placing.group, {BASIS: by_rows}, grid)
         return LowRankPlan(layout, placing, blocks, owners, factors, boxes, flipped)
 
     def _placed(self, param: torch.Tensor, layout: MatrixLayout) -> Tuple[Placing, List[Part]]:
@@ -320,14 +328,14 @@ class LowRankOptimizer(MatrixBase):
                 _Step(self, some, process_group, dtype).run()
 
     def _buckets(self, jobs: Sequence[Job], dtype: torch.dtype) -> List[List[Job]]:
-        """Parameters of which all ranks together have no more than a bucket holds, or single."""
+        """Parameters of which a rank has about as much as a bucket holds, or single ones."""
         buckets: List[List[Job]] = []
         filled = 0
         for job in sorted(jobs, key=lambda job: -job.plan.largest):
-            group = job.plan.placing.group
+            alone = job.plan.placing.group is None  # nothing is exchanged
             numel = job.plan.layout.rows * job.plan.layout.cols
-            size = numel * dtype.itemsize // (1 if group is None else dist.get_world_size(group))
-            if not buckets or group is None or filled + size > self.bucket_bytes:
+            size = numel * dtype.itemsize // len(_plan(job).boxes)
+            if not buckets or alone or filled + size > self.bucket_bytes:
                 buckets.append([])
                 filled = 0
             buckets[-1].append(job)
@@ -391,16 +399,16 @@ class _Step:
     def run(self) -> None:
         new = {id(job): self._approximated(job) for job in self._jobs}
         blocks = [plan.view(new[id(job)])[plan.here[k]] for job, plan, k in self._items]
-        a = [x.mT if plan.flipped else x for x, (_, plan, _) in zip(blocks, self._items)]
+        a = [x.mT if plan.flipped[k] else x for x, (_, plan, k) in zip(blocks, self._items)]
         basis = self._basis()
         p = self._orthonormal(a, basis)
         r, squares = self._other_side(a, p)
         self._report(r)
         basis = self._next_basis(basis, r, squares)
         for x, its_p, its_r, its_basis, (job, plan, k) in zip(blocks, p, r, basis, self._items):
-            left, right = (its_r, its_p) if plan.flipped else (its_p, its_r)
+            left, right = (its_r, its_p) if plan.flipped[k] else (its_p, its_r)
             x.addmm_(left, right.mT, alpha=-self._optim.subtracted(job.group))
-            left, right = (its_basis, its_p) if plan.flipped else (its_p, its_basis)
+            left, right = (its_basis, its_p) if plan.flipped[k] else (its_p, its_basis)
             self._apply(job, k, left, right)
         for job in self._jobs:
             self._keep_momentum(job, new[id(job)])
@@ -421,7 +429,7 @@ class _Step:
     def _basis(self) -> List[torch.Tensor]:
         """The rows of each basis that belong to this rank's part of ``A``."""
         held = self._held()
-        sent = [i for i, (_, plan, _) in enumerate(self._items) if plan.basis_is_owners]
+        sent = [i for i, (_, plan, k) in enumerate(self._items) if plan.basis_is_owners(k)]
         mine = {(i, 1): held[i] for i in sent if i in held}
         received = self._spread([(i, 1) for i in sent], mine)
         return [received[i, 1] if (i, 1) in received else held[i] for i in self._every]
@@ -488,7 +496,7 @@ class _Step:
             if i not in held:
                 continue
             new = out[i]
-            if plan.basis_is_owners:
+            if plan.basis_is_owners(k):
                 whole = self._whole_r[i, 1]
                 new = self._optim.next_basis(group, whole, squares[i], held[i])
             state = plan.factors.views(job.member.state, k)[BASIS]

@@ -189,7 +189,7 @@ class MatrixOptimizer(MatrixBase):
     def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: Plan) -> None:
         super()._create_factors(group, param, plan)
         for matrix in range(len(plan.factors.shapes)):
-            if self.host_factors and plan.factors.holds(matrix):
+            if self.host_factors and plan.factors.holds(matrix) and not param.is_meta:
                 factors = plan.factors.views(self.state[param], matrix)
                 self._mirrors[param, matrix] = {
                     name: HostMirror(factors[name]) for name in self.host_factors if name in factors

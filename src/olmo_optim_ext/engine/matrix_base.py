@@ -52,6 +52,9 @@ class MatrixBase(ExtOptimizer):
 
     algorithm: ClassVar[str]
 
+    needs_matrices: ClassVar[bool] = True
+    """Whether a model without parameters for the rule is a mistake."""
+
     leftover_rules: ClassVar[Mapping[str, ElementwiseRule]]
     """By algorithm, the rules for parameters that hold no matrices."""
 
@@ -74,7 +77,8 @@ class MatrixBase(ExtOptimizer):
         self._report_asked = False
         self.reports: Optional[Dict[str, Dict[str, torch.Tensor]]] = None
         super().__init__(params, {**defaults, ALGORITHM: None}, **engine)
-        if not any(group[ALGORITHM] == self.algorithm for group in self.param_groups):
+        has_matrices = any(group[ALGORITHM] == self.algorithm for group in self.param_groups)
+        if self.needs_matrices and not has_matrices:
             raise OLMoConfigurationError(
                 f"{type(self).__name__}: no parameter has the role 'matrix', allowed is a model "
                 "with at least one trainable matrix; for others choose an elementwise optimizer"
@@ -104,6 +108,10 @@ class MatrixBase(ExtOptimizer):
     def cost(self, n_out: int, n_in: int) -> float:
         """Floating point operations of the owner of one matrix: owners share them."""
         raise NotImplementedError
+
+    def flops(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
+        """Floating point operations of a step for one matrix, on all ranks."""
+        return self.cost(n_out, n_in)
 
     def factor_shapes(self, group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[str, Shape]:
         """Names and shapes of the factors of an ``(out, in)`` matrix. Float32."""
@@ -176,6 +184,8 @@ class MatrixBase(ExtOptimizer):
             return
         for name in plan.factors.names:
             state[name] = plan.factors.new(name, dtype, param.device)
+        if param.is_meta:  # for a table of roles
+            return
         for matrix in range(len(plan.factors.shapes)):
             matrix_name = self.matrix_name(param, plan, matrix)
             for name, held in plan.factors.views(state, matrix).items():
@@ -221,6 +231,18 @@ class MatrixBase(ExtOptimizer):
             owners = [dist.get_global_rank(group, rank) for rank in plan.owners if group]
             out[self.name_of(param)] = (plan.placing.path, tuple(owners))
         return out
+
+    def matrices(self) -> List[Tuple[str, str, Tuple[int, int]]]:
+        """
+        Of each matrix in whose computation this rank may take part: the name of its parameter, its
+        own name, and its shape ``(out, in)``.
+        """
+        self._ensure_plans()
+        return [
+            (self.name_of(param), self.matrix_name(param, plan, index), plan.shape(block))
+            for param, plan in self._plans.items()
+            for index, block in plan.blocks
+        ]
 
     def ask_for_report(self) -> None:
         """Let the next step report on the matrices that this rank computes: :meth:`take_report`."""

@@ -11,8 +11,11 @@ from .write import chunks
 
 __all__ = ["quantile_of_magnitudes"]
 
-BITS = 11
-"""Of a digit: three make the 31 bits of a magnitude, and a histogram of one has 16 KiB."""
+BITS = 8
+"""
+Of a digit: a histogram of one has 2 KiB. With 11 bits three passes do, in two thirds of the time,
+and send six times as much.
+"""
 
 BINS = 2**BITS
 
@@ -24,7 +27,7 @@ def quantile_of_magnitudes(
     What ``torch.quantile(x.abs().double(), q)`` is, with its linear interpolation between the two
     magnitudes next to place ``q (N - 1)``, of each of ``n`` matrices.
 
-    It is radix selection: float32 magnitudes have the order of their bits as integers. Three passes
+    It is radix selection: float32 magnitudes have the order of their bits as integers. Four passes
     find a digit each of both, from the highest, by counting those that share the digits before.
     Counts are integers, so it does not matter how the ranks share a matrix.
 
@@ -38,10 +41,10 @@ def quantile_of_magnitudes(
     prefix = torch.zeros(len(parts), 2, dtype=torch.int32, device=device)
     place = torch.zeros(len(parts), 2, dtype=torch.int64, device=device)
     fraction = torch.zeros(len(parts), dtype=torch.float64, device=device)
-    for shift in (2 * BITS, BITS, 0):
+    for shift in (3 * BITS, 2 * BITS, BITS, 0):
         local = torch.stack([_histograms(x, its, shift) for x, its in zip(parts, prefix)])
         counts = add(local)
-        if shift == 2 * BITS:
+        if shift == 3 * BITS:
             last = (counts[:, 0].sum(-1) - 1).clamp(min=0)
             exact = last.double() * q
             place = torch.stack([exact.floor(), exact.ceil()], -1).long()

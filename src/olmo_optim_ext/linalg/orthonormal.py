@@ -8,6 +8,8 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from olmo_core.config import StrEnum
 
+from .precision import full_precision
+
 __all__ = ["Orthonormalization", "orthonormalize"]
 
 SKETCH_MULTIPLE = 128
@@ -24,6 +26,7 @@ class Orthonormalization(StrEnum):
     """Householder QR."""
 
 
+@full_precision()
 def orthonormalize(
     x: torch.Tensor,
     method: Orthonormalization = Orthonormalization.rcqr,

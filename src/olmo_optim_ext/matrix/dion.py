@@ -142,6 +142,13 @@ class Dion(AdamWForOthers, LowRankOptimizer):
         # Randomised Cholesky QR; what matters is how matrices compare, which all have one rank.
         return 6.5 * max(n_out, n_in) * min(n_out, n_in) ** 2
 
+    def flops(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
+        r = self.thin_rank(group, n_out, n_in)
+        a = n_in if self.transposes(group, n_out, n_in) else n_out
+        by_qr = group["orthonormalization"] == Orthonormalization.qr
+        # A V, A^T P, P R^T and P V^T, then what makes P orthonormal.
+        return 8.0 * n_out * n_in * r + (4.0 if by_qr else 6.5) * a * r**2
+
 
 @OptimConfig.register("ext_dion")
 @dataclass

@@ -10,17 +10,14 @@ import torch
 
 from ..engine.matrix import Owned
 from ..engine.random import random_signs
-from ..linalg.spectrum import (
-    PROBES,
-    effective_rank_of,
-    lanczos,
-    orthogonality_error,
-    stable_rank_of,
-)
+from ..linalg.spectrum import PROBES, lanczos, orthogonality_error, ranks_of
 
-__all__ = ["orthogonal_report", "thin_report", "to_numbers"]
+__all__ = ["orthogonal_report", "thin_report", "to_numbers", "update_rms"]
 
 SPECTRUM, GRAM = "spectrum", "gram"
+
+STEPS = 16
+"""Of Lanczos: half of what its module takes, in an eighth of the time on the host."""
 
 
 def orthogonal_report(
@@ -34,10 +31,15 @@ def orthogonal_report(
     shape = (min(owned.x.shape[-2:]), PROBES)
     probes = [random_signs(shape, seed, owned.call, n, "report", owned.x) for n in owned.names]
     return {
-        SPECTRUM: lanczos(owned.x, torch.stack(probes)),
+        SPECTRUM: lanczos(owned.x, torch.stack(probes), STEPS),
         "orthogonality error": orthogonality_error(updates),
-        "update RMS": updates.float().square().mean((-2, -1)).sqrt() * scale,
+        "update RMS": update_rms(updates, scale),
     }
+
+
+def update_rms(updates: torch.Tensor, scale: float) -> torch.Tensor:
+    """Of the elements of each matrix of ``scale * updates``."""
+    return updates.float().square().mean((-2, -1)).sqrt() * scale
 
 
 def thin_report(
@@ -68,9 +70,8 @@ def to_numbers(report: Mapping[str, np.ndarray]) -> Dict[str, float]:
     """
     out: Dict[str, float] = {}
     if SPECTRUM in report:
-        coefficients = report[SPECTRUM][None]
-        out["effective rank"] = float(effective_rank_of(coefficients)[0])
-        out["stable rank"] = float(stable_rank_of(coefficients)[0])
+        effective, stable = ranks_of(report[SPECTRUM][None])
+        out["effective rank"], out["stable rank"] = float(effective[0]), float(stable[0])
     if GRAM in report:
         squares = np.linalg.eigvalsh(report[GRAM].astype(np.float64)).clip(min=0)
         values = np.sqrt(squares)

@@ -27,6 +27,7 @@ from ..engine.roles import ParamRole, Role
 from ..linalg.norms import NORMALISED, ScionNorm, fill_extreme, spectral_scale
 from ..linalg.polar import PolarForm, PolarMethod
 from .orthogonal import Orthogonalizer, PolarConfig
+from .reports import orthogonal_report, update_rms
 
 __all__ = ["Scion", "ScionConfig", "ScionNorm"]
 
@@ -39,10 +40,11 @@ class Scion(MatrixOptimizer):
     :param params: Groups with ``norm``, ``radius``, ``fan_in`` and ``algorithm``;
         ``ScionConfig(...).build(model)`` makes them.
 
-    :raises OLMoConfigurationError: If a value is out of its range or no group has matrices.
+    :raises OLMoConfigurationError: If a value is out of its range.
     """
 
     algorithm = "scion"
+    needs_matrices = False  # signs and RMS alone are an optimizer too
     leftover_rules = LMO_RULES
     matrix_buffers = MOMENTUM
     allowed: ClassVar[Mapping[str, Allowed]] = {
@@ -129,6 +131,14 @@ class Scion(MatrixOptimizer):
         # What travels may be bfloat16, too coarse for sums of squares.
         d = owned.x.to(torch.promote_types(owned.x.dtype, torch.float32))
         return NORMALISED[group["norm"]](d, group["fan_in"] or d.shape[-1]), {}
+
+    def report(
+        self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        scale = self.scale(group, *updates.shape[-2:])
+        if group["norm"] == ScionNorm.spectral:
+            return orthogonal_report(owned, updates, scale, self._seed)
+        return {"update RMS": update_rms(updates, scale)}
 
     def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         if group["norm"] != ScionNorm.spectral:

@@ -39,6 +39,13 @@ def stable_rank_of(coefficients: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(spectrum.stable_rank_of(coefficients.numpy()))
 
 
+def test_both_ranks_are_those_of_each_alone():
+    coefficients = lanczos(random_stack(3, 20, 40), random_probes(random_stack(3, 20, 40)))
+    effective, stable = spectrum.ranks_of(coefficients.numpy())
+    assert (effective == spectrum.effective_rank_of(coefficients.numpy())).all()
+    assert (stable == spectrum.stable_rank_of(coefficients.numpy())).all()
+
+
 def effective_rank(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(spectrum.effective_rank(x))
 

@@ -79,7 +79,9 @@ def assert_same_end(output: Path, expected: Path, scratch: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(tiny_spec(folder)) == [FINISHED]
+    # The runs that are compared with this one have no such metrics.
+    spec = tiny_spec(folder, optimizer_metrics={"every": 5, "per_layer": False})
+    assert run(spec) == [FINISHED]
     return folder / "run"
 
 
@@ -96,6 +98,17 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     roles = {row["name"]: row for row in json.loads((uninterrupted / "roles.json").read_text())}
     assert roles["blocks.0.attention.w_q.weight"]["algorithm"] == "muon"
     assert roles["lm_head.w_out.weight"]["algorithm"] == "adamw"
+
+
+def test_what_the_optimizer_reports_is_among_the_metrics(uninterrupted):
+    rows = read_metrics(uninterrupted / "metrics.jsonl")
+    by_step = {row["step"]: {k: v for k, v in row.items() if k.endswith("/matrix")} for row in rows}
+    assert [step for step, values in by_step.items() if values] == [5, 10, 15]
+    for step in (5, 10, 15):
+        assert len(by_step[step]) == 4
+        assert 0 < by_step[step]["optim/relative effective rank/matrix"] <= 1
+        assert 0.1 < by_step[step]["optim/update RMS/matrix"] < 0.3
+    assert not any("blocks." in key for row in rows for key in row)
 
 
 def test_the_resolved_config_is_the_spec_with_its_defaults(uninterrupted):

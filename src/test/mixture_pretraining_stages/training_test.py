@@ -16,6 +16,7 @@ import olmo_optim_ext
 from mixture_pretraining_stages.callbacks import StageScheduler
 from mixture_pretraining_stages.training import (
     JolmoModel,
+    OptimizerMetricsSpec,
     _build_optimizer_spec,
     _optimizer_class_name,
     load_spec,
@@ -65,6 +66,13 @@ def test_overrides_reach_any_depth(tmp_path):
     assert spec.stages[1].mixture == {"second": 1.0, "first": 2.0}
     assert spec.name == "a b"
     assert isinstance(spec.scheduler_config(), ConstantScheduler)
+
+
+@pytest.mark.parametrize("written", [{}, {"optimizer_metrics": None}])
+def test_optimizer_metrics_are_off_and_one_override_turns_them_on(written, tmp_path):
+    assert load(tmp_path, **written).optimizer_metrics is None
+    spec = load(tmp_path, "optimizer_metrics.every=5", **written)
+    assert spec.optimizer_metrics == OptimizerMetricsSpec(every=5, per_layer=True)
 
 
 def test_files_are_included_and_interpolated(tmp_path):
@@ -149,6 +157,17 @@ BAD: Dict[str, Dict[str, Any]] = {
     "max_grad_norm: 0.0": {"max_grad_norm": 0},
     "evaluation.tokens: 8.*sequence_length": {"evaluation.tokens": 8},
     "checkpoint.every: 0": {"checkpoint.every": 0},
+    "optimizer_metrics.every: 0.*>= 1": {"optimizer_metrics.every": 0},
+    "optimizer_metrics.layers: there is no such key.*per_layer": {"optimizer_metrics.layers": 1},
+    "optimizer_metrics: 'all'.*a mapping": {"optimizer_metrics": "all"},
+    "optimizer_metrics: .* 'adamw' has no rule for matrices.*null.*ext_muon": {
+        "optimizer_metrics": "{}",
+        "optimizer": "{name: adamw}",
+    },
+    "optimizer_metrics: .* 'olmo_core.adamw' has no rule": {
+        "optimizer_metrics.every": 5,
+        "optimizer": "{name: olmo_core.adamw}",
+    },
     "compile: 'maybe'.*true or false": {"compile": "maybe"},
     "activation_checkpointing: .*block_interval": {
         "activation_checkpointing": "{mode: selected_blocks}"

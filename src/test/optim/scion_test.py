@@ -309,7 +309,7 @@ def test_initialized_experts_are_each_on_the_border():
         assert not torch.equal(*stack.reshape(stored)[:2].unbind())
 
 
-def test_initialization_depends_on_the_seed_alone():
+def test_initialization_depends_on_seed_and_name_alone():
     def run(seed: int, model_seed: int) -> Dict[str, torch.Tensor]:
         model = MixedShapes(model_seed)
         INITIALIZED.replace(seed=seed).initialize_weights(model)
@@ -319,7 +319,10 @@ def test_initialization_depends_on_the_seed_alone():
     for name in ("square.weight", "embeddings.weight", "lm_head.weight"):
         assert torch.equal(one[name], again[name])
         assert not torch.equal(one[name], other[name])
-    assert not torch.equal(one["embeddings.weight"].sign(), one["lm_head.weight"].sign())
+    twins = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    INITIALIZED.initialize_weights(twins)
+    first, second = (twins.get_parameter(f"{i}.weight") for i in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_nothing_initializes_by_itself():
@@ -356,3 +359,23 @@ def test_bfloat16_state_follows_the_same_rule():
     for name in start:
         moved = (exact[name] - start[name]).norm()
         assert (rounded[name] - exact[name]).norm() < 0.1 * moved, name
+
+
+def test_a_report_says_what_its_norm_has():
+    optim = ScionConfig(embedding_norm=ScionNorm.column).build(model := MixedShapes())
+    optim.ask_for_report()
+    train(model, optim, 0, 1)
+    report = optim.take_report()
+    assert set(report) == {*MATRICES, "embeddings.weight"}
+    spectral, column = report["tall.weight"], report["embeddings.weight"]
+    assert set(spectral) == {"spectrum", "orthogonality error", "update RMS"}
+    assert set(column) == {"update RMS"}
+    # All columns of a one-hot map have the same RMS over its outputs: that of the radius.
+    assert float(column["update RMS"]) == pytest.approx(50.0, rel=1e-5)
+
+
+def test_a_model_of_signs_alone_is_none_without_matrices():
+    model = MixedShapes()
+    optim = ScionConfig(matrix_norm=ScionNorm.sign).build(model)
+    train(model, optim, 0, 1)
+    assert {group["algorithm"] for group in optim.param_groups} == {"sign", "rms"}

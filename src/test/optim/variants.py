@@ -58,6 +58,10 @@ def _variants() -> List[Variant]:
             Variant(f"ext_dion_{side}", MixedShapes, other, False, resumes=True),
             Variant(f"ext_dion_{side}_experts", ExpertShapes, other, False, resumes=True),
         ]
+    # One matrix of the parameter is transposed, the other not; a border of shards cuts each.
+    blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [5, 9]})
+    unlike = replace(dion, group_overrides=[blocks])
+    out.append(Variant("ext_dion_unlike_blocks", MixedShapes, unlike, False, resumes=True))
     # Noise that follows from what was measured, and that stays.
     orthogonal, isotropic = (CASES[f"muon_{name}"].config for name in ("orthonoise", "isotropic"))
     persistent = replace(orthogonal, **{**TRIGGERED, "persist_noise": True})
