@@ -717,6 +717,3 @@ def check_output(path: Path) -> None:
             f"output: {path} cannot be written ({error.strerror}), allowed is a file in a folder "
             "that can"
         ) from None
-
-
-# Reporting

@@ -97,7 +97,7 @@ _NOISE: Mapping[str, Any] = dict(
     state_bytes_per_param=4,
     factors=(
         "a count; with rank_threshold 8 KiB at most; with persist_noise 4 bytes an element; on "
-        "owners only"
+        "the owner with sharded rows, else on each rank"
     ),
     exchange="8 bytes a matrix in an all-reduce, and "
     + _WHOLE_MATRICES
@@ -191,10 +191,9 @@ _ROWS = (
         paper="arXiv:2504.05295",
         state_bytes_per_param=4,
         factors="4 r bytes for each unit of the side that is not orthonormalised",
-        exchange="with sharded rows and r columns, for each unit of the side that both products "
-        "share: 2 x 4 r bytes, and 2 x 4 r bytes for each row of its own where outputs are "
-        "orthonormalised, then 4 r more of the basis; never the matrix; under DDP its share of "
-        "both factors",
+        exchange="thin factors, never the matrix. In numbers, per matrix (out, in) with rows shared "
+        "by W ranks: 2 r in where inputs are orthonormalised, else 3 r in + 2 r out / W; under DDP "
+        "r (in + out) / W",
     ),
     OptimizerInfo(
         name="ext_nor_muon",

@@ -16,6 +16,7 @@ from typing import (
     Callable,
     ClassVar,
     Dict,
+    FrozenSet,
     List,
     Mapping,
     NamedTuple,
@@ -117,6 +118,9 @@ class ExtOptimizer(SkipStepOptimizer):
 
     allowed: ClassVar[Mapping[str, Allowed]] = {}
     """For hyperparameters that mean something else here than elsewhere, what is allowed."""
+
+    nullable: ClassVar[FrozenSet[str]] = frozenset()
+    """Hyperparameters of groups for which ``None`` is a value."""
 
     def __init__(
         self,
@@ -225,7 +229,8 @@ class ExtOptimizer(SkipStepOptimizer):
         group["params"] = [p for _, p in named]
         known = {*self.defaults, "initial_lr"} - {CALLS}
         for key in group.keys() - {"params"}:
-            if key not in known or (group[key] is None and self.defaults.get(key) is not None):
+            is_none = group[key] is None and self.defaults.get(key) is not None
+            if key not in known or (is_none and key not in self.nullable):
                 problem = "is None" if key in known else "is not a field of a parameter group"
                 raise OLMoConfigurationError(
                     f"{type(self).__name__}: '{key}' {problem}, allowed are values of "

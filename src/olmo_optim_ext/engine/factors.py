@@ -6,6 +6,7 @@ it, so that any other number of ranks can read it.
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -17,6 +18,7 @@ from .placement import row_range, sharding_dims
 __all__ = ["FactorPlan"]
 
 Shape = Tuple[int, ...]
+Offsets = Dict[int, Tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -70,17 +72,25 @@ class FactorPlan:
     def _rows_on(self, name: str, matrix: int) -> Optional[Sequence[int]]:
         return self.by_rows[name][matrix] if name in self.by_rows else None
 
-    def _offsets(self, name: str, rank: Optional[int]) -> Dict[int, Tuple[int, int, int]]:
+    def _offsets(self, name: str, rank: Optional[int]) -> Offsets:
         """
         For each matrix of which a rank has a part, or for all, where that begins among what the
         rank has, and its first and last element.
         """
-        out, offset = {}, 0
+        if (name, rank) in self._known_offsets:
+            return self._known_offsets[name, rank]
+        out: Offsets = {}
+        offset = 0
         for matrix in range(len(self.shapes)):
             if (part := self._part(name, matrix, rank)) is not None:
                 out[matrix] = (offset, *part)
                 offset += part[1] - part[0]
+        self._known_offsets[name, rank] = out
         return out
+
+    @cached_property
+    def _known_offsets(self) -> Dict[Tuple[str, Optional[int]], Offsets]:
+        return {}
 
     @property
     def _rank(self) -> Optional[int]:

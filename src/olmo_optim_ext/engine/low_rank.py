@@ -127,11 +127,6 @@ class LowRankPlan(Plan):
 
     def thin(self, k: int, side: int) -> Thin:
         """``P`` (``side`` 0), what has the rows of the basis (1) or one number a column (2)."""
-        if (k, side) not in self._thins:
-            self._thins[k, side] = self._make_thin(k, side)
-        return self._thins[k, side]
-
-    def _make_thin(self, k: int, side: int) -> Thin:
         owner, n_rows = self.owners[k], (*self.shape_of_a(k), 1)[side]
         if side == 2 or len(self.boxes) == 1:  # all need all, and the owner computes
             sources = [(0, n_rows) if rank == owner else (0, 0) for rank in range(self._size)]
@@ -139,10 +134,6 @@ class LowRankPlan(Plan):
         else:
             sources = targets = [sides[side] for sides in self._sides[k]]
         return Thin(n_rows, self.thin_rank(k), owner, sources, targets)
-
-    @cached_property
-    def _thins(self) -> Dict[Key, Thin]:
-        return {}
 
     @cached_property
     def _sides(self) -> List[List[Tuple[Rows, Rows]]]:
@@ -164,10 +155,11 @@ class LowRankOptimizer(MatrixBase):
 
     def __init__(self, params: Any, defaults: Dict[str, Any], **options: Unpack[MatrixOptions]):
         self._groups: Groups = {}
+        self.exchanges: Dict[Any, ThinExchange] = {}
         super().__init__(params, defaults, **options)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**super().__getstate__(), "_groups": {}}
+        return {**super().__getstate__(), "_groups": {}, "exchanges": {}}
 
     def thin_rank(self, group: Mapping[str, Any], n_out: int, n_in: int) -> int:
         """``r``, at most the smaller side."""
@@ -190,13 +182,13 @@ class LowRankOptimizer(MatrixBase):
         raise NotImplementedError
 
     def next_basis(
-        self, group: Mapping[str, Any], r: torch.Tensor, squares: torch.Tensor, basis: torch.Tensor
+        self, group: Mapping[str, Any], r: torch.Tensor, lengths: torch.Tensor, basis: torch.Tensor
     ) -> torch.Tensor:
         """
         Some rows of the next basis. The update is ``P`` times its transpose.
 
         :param r: The same rows of ``R``, ``(n, r)``.
-        :param squares: Of all of ``R``, the sum over each column, ``(r,)``.
+        :param lengths: Of the columns of all of ``R``, ``(r,)``.
         :param basis: The same rows of the basis.
         """
         raise NotImplementedError
@@ -394,17 +386,19 @@ class _Step:
         self._like = jobs[0].member.grad.new_empty(0, dtype=dtype)
         self._items = [(job, _plan(job), k) for job, k in items_of(jobs)]
         self._every = range(len(self._items))
+        self._held: Dict[int, torch.Tensor] = {}
         self._whole_r: Dict[Key, torch.Tensor] = {}
 
     def run(self) -> None:
         new = {id(job): self._approximated(job) for job in self._jobs}
+        self._held = self._bases_here()
         blocks = [plan.view(new[id(job)])[plan.here[k]] for job, plan, k in self._items]
         a = [x.mT if plan.flipped[k] else x for x, (_, plan, k) in zip(blocks, self._items)]
         basis = self._basis()
         p = self._orthonormal(a, basis)
-        r, squares = self._other_side(a, p)
+        r, lengths = self._other_side(a, p)
         self._report(r)
-        basis = self._next_basis(basis, r, squares)
+        basis = self._next_basis(basis, r, lengths)
         for x, its_p, its_r, its_basis, (job, plan, k) in zip(blocks, p, r, basis, self._items):
             left, right = (its_r, its_p) if plan.flipped[k] else (its_p, its_r)
             x.addmm_(left, right.mT, alpha=-self._optim.subtracted(job.group))
@@ -428,13 +422,13 @@ class _Step:
 
     def _basis(self) -> List[torch.Tensor]:
         """The rows of each basis that belong to this rank's part of ``A``."""
-        held = self._held()
+        held = self._held
         sent = [i for i, (_, plan, k) in enumerate(self._items) if plan.basis_is_owners(k)]
         mine = {(i, 1): held[i] for i in sent if i in held}
         received = self._spread([(i, 1) for i in sent], mine)
         return [received[i, 1] if (i, 1) in received else held[i] for i in self._every]
 
-    def _held(self) -> Dict[int, torch.Tensor]:
+    def _bases_here(self) -> Dict[int, torch.Tensor]:
         """The bases in this rank's state."""
         out = {}
         for i, (job, plan, k) in enumerate(self._items):
@@ -460,45 +454,46 @@ class _Step:
         self, a: Sequence[torch.Tensor], p: Sequence[torch.Tensor]
     ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
         """
-        The rows of each ``R`` that belong to this rank's part of ``A``, and of each the squares of
-        its columns, summed.
+        The rows of each ``R`` that belong to this rank's part of ``A``, and of each the lengths of
+        its columns.
         """
         here = [i for i, (_, plan, k) in enumerate(self._items) if plan.has_rows_of_r(k)]
         r = {(i, 1): a[i].mT @ p[i] for i in here}
-        squares = {(i, 2): r[i, 1].square().sum(0) for i in here}
+        # In float64 no square of a float32 overflows or is lost.
+        squares = [r[i, 1].double().square().sum(0) for i in here]
         if here and self._group is not None:
-            total = torch.cat([squares[i, 2] for i in here])
+            total = torch.cat(squares)
             dist.all_reduce(total, group=self._group)
-            parts = total.split([len(squares[i, 2]) for i in here])
-            squares = {(i, 2): part for i, part in zip(here, parts)}
+            squares = list(total.split([len(each) for each in squares]))
+        lengths = {(i, 2): each.sqrt().to(self._like.dtype) for i, each in zip(here, squares)}
 
         there = [i for i in self._every if i not in here]
         sums = self._collect([(i, 1) for i in there], lambda i: a[i].mT @ p[i])
         for (i, _), whole in list(sums.items()):
-            sums[i, 2] = whole.square().sum(0, keepdim=True)
+            sums[i, 2] = whole.double().square().sum(0, keepdim=True).sqrt().to(whole.dtype)
         self._whole_r = sums
         received = self._spread([(i, side) for i in there for side in (1, 2)], sums)
         r.update({key: x for key, x in received.items() if key[1] == 1})
-        squares.update({key: x[0] for key, x in received.items() if key[1] == 2})
-        return [r[i, 1] for i in self._every], [squares[i, 2] for i in self._every]
+        lengths.update({key: x[0] for key, x in received.items() if key[1] == 2})
+        return [r[i, 1] for i in self._every], [lengths[i, 2] for i in self._every]
 
     def _next_basis(
         self,
         basis: Sequence[torch.Tensor],
         r: Sequence[torch.Tensor],
-        squares: Sequence[torch.Tensor],
+        lengths: Sequence[torch.Tensor],
     ) -> List[torch.Tensor]:
         """The rows of each new basis that belong to this rank's part of ``A``; keeps them."""
-        out, held = [], self._held()
+        out, held = [], self._held
         for i, (job, plan, k) in enumerate(self._items):
             group = job.group
-            out.append(self._optim.next_basis(group, r[i], squares[i], basis[i]))
+            out.append(self._optim.next_basis(group, r[i], lengths[i], basis[i]))
             if i not in held:
                 continue
             new = out[i]
             if plan.basis_is_owners(k):
                 whole = self._whole_r[i, 1]
-                new = self._optim.next_basis(group, whole, squares[i], held[i])
+                new = self._optim.next_basis(group, whole, lengths[i], held[i])
             state = plan.factors.views(job.member.state, k)[BASIS]
             write_state([state], [new.to(state.dtype)], job.work.proceed, None)
         return out
@@ -542,12 +537,12 @@ class _Step:
         """The sums of what this rank owns."""
         if self._group is None or not which:
             return {(i, side): part_of(i) for i, side in which}
-        factors = [self._thin(key) for key in which]
+        exchange = self._exchange(which)
         parts = [
             part_of(i) if len(range(*factor.sources[self._rank])) else self._like
-            for (i, _), factor in zip(which, factors)
+            for (i, _), factor in zip(which, exchange.factors)
         ]
-        sums = ThinExchange(factors, self._group).collect(parts, self._like)
+        sums = exchange.collect(parts, self._like)
         return {which[j]: total for j, total in sums.items()}
 
     def _spread(
@@ -556,14 +551,22 @@ class _Step:
         """What this rank needs of what others own."""
         if self._group is None or not which:
             return dict(owned)
-        exchange = ThinExchange([self._thin(key) for key in which], self._group)
+        exchange = self._exchange(which)
         wholes = {j: owned[key] for j, key in enumerate(which) if key in owned}
         return dict(zip(which, exchange.spread(wholes, self._like)))
 
-    def _thin(self, key: Key) -> Thin:
-        i, side = key
-        _, plan, k = self._items[i]
-        return plan.thin(k, side)
+    def _exchange(self, which: Sequence[Key]) -> ThinExchange:
+        assert self._group is not None
+        plans = [(*self._items[i][1:], side) for i, side in which]
+        items = tuple((id(plan), k, side) for plan, k, side in plans)
+        known = self._optim.exchanges
+        if items not in known:
+            # Which parameters have gradients rarely changes; exchanges are cheap to make again.
+            if len(known) >= 256:
+                known.clear()
+            factors = [plan.thin(k, side) for plan, k, side in plans]
+            known[items] = ThinExchange(factors, self._group)
+        return known[items]
 
 
 def _plan(job: Job) -> LowRankPlan:

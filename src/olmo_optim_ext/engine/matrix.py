@@ -255,9 +255,11 @@ class MatrixOptimizer(MatrixBase):
                 dist.all_reduce(total, group=process_group)
             return total
 
-        together: Dict[int, List[Job]] = {}
-        for job in jobs:
-            together.setdefault(id(job.group), []).append(job)
+        together: Dict[Any, List[Job]] = {}
+        for i, job in enumerate(jobs):
+            # Those that are gathered one by one, or all whole gradients would be there at once.
+            gathered = job.plan.placing.path == Path.redistribute
+            together.setdefault((id(job.group), i if gathered else 0), []).append(job)
         for some in together.values():
             grads = [job.view(self._grad_as_placed(job)) for job in some]
             parts = [x[job.here(k)] for job, x in zip(some, grads) for _, k in items_of([job])]

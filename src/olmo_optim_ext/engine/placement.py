@@ -62,7 +62,7 @@ class Placing:
 
     path: Path
     group: Optional[dist.ProcessGroup] = None
-    """For :data:`Path.rows` and :data:`Path.broadcast`."""
+    """For :data:`Path.rows`, :data:`Path.broadcast` and :data:`Path.thin`."""
 
     first_row: int = 0
     """Of the rows that the group has."""

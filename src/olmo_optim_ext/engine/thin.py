@@ -41,6 +41,10 @@ class ThinExchange:
         self.group = group
         self.rank = dist.get_rank(group)
         self._ranks = range(dist.get_world_size(group))
+        self._owned_by = [
+            [i for i, factor in enumerate(self.factors) if factor.owner == rank]
+            for rank in self._ranks
+        ]
 
     def collect(self, parts: Sequence[torch.Tensor], like: torch.Tensor) -> Dict[int, torch.Tensor]:
         """
@@ -49,7 +53,13 @@ class ThinExchange:
 
         :returns: The sums of the factors that this rank owns, added in the order of ranks.
         """
-        received = self._exchange(parts, [factor.sources for factor in self.factors], True, like)
+        mine = self._owned_by[self.rank]
+        sends = [[parts[i] for i in owned] for owned in self._owned_by]
+        shapes = [
+            [(i, _shape(self.factors[i].sources[rank], self.factors[i].cols)) for i in mine]
+            for rank in self._ranks
+        ]
+        received = self._exchange(sends, shapes, like)
         out: Dict[int, torch.Tensor] = {}
         for (rank, i), part in received.items():
             factor = self.factors[i]
@@ -65,37 +75,31 @@ class ThinExchange:
 
         :returns: For each factor the rows that this rank needs, ``(rows of its target, cols)``.
         """
-        mine = [wholes.get(i, like.new_empty(0)) for i in range(len(self.factors))]
-        targets = [factor.targets for factor in self.factors]
-        received = self._exchange(mine, targets, False, like)
+        mine = self._owned_by[self.rank]
+        sends = [
+            [wholes[i][slice(*self.factors[i].targets[rank])] for i in mine] for rank in self._ranks
+        ]
+        shapes = [
+            [(i, _shape(self.factors[i].targets[self.rank], self.factors[i].cols)) for i in owned]
+            for owned in self._owned_by
+        ]
+        received = self._exchange(sends, shapes, like)
         return [received[factor.owner, i] for i, factor in enumerate(self.factors)]
 
     def _exchange(
         self,
-        tensors: Sequence[torch.Tensor],
-        rows: Sequence[Sequence[Rows]],
-        to_owners: bool,
+        sends: Sequence[Sequence[torch.Tensor]],
+        shapes: Sequence[Sequence[Tuple[int, Tuple[int, int]]]],
         like: torch.Tensor,
     ) -> Dict[Tuple[int, int], torch.Tensor]:
-        """What each rank sent here of each factor, by rank and factor."""
-        sends: List[List[torch.Tensor]] = []
-        shapes: List[List[Tuple[int, Tuple[int, int]]]] = []
-        for rank in self._ranks:
-            sends.append([])
-            shapes.append([])
-            for i, factor in enumerate(self.factors):
-                (mine, its), cols = (rows[i][self.rank], rows[i][rank]), factor.cols
-                if to_owners:
-                    sent, coming = factor.owner == rank, factor.owner == self.rank
-                    tensor, shape = tensors[i], (its[1] - its[0], cols)
-                else:
-                    sent, coming = factor.owner == self.rank, factor.owner == rank
-                    tensor, shape = tensors[i][slice(*its)], (mine[1] - mine[0], cols)
-                if sent:
-                    sends[-1].append(tensor.reshape(-1))
-                if coming:
-                    shapes[-1].append((i, shape))
-        send = torch.cat([like.new_empty(0), *(part for parts in sends for part in parts)])
+        """
+        :param sends: For each rank what goes there.
+        :param shapes: For each rank which factors come from there, and their shapes.
+
+        :returns: What came, by rank and factor.
+        """
+        flat = [part.reshape(-1) for parts in sends for part in parts]
+        send = torch.cat([like.new_empty(0), *flat])
         counts = [sum(n * cols for _, (n, cols) in each) for each in shapes]
         received = like.new_empty(sum(counts))
         dist.all_to_all_single(
@@ -107,3 +111,7 @@ class ThinExchange:
                 out[rank, i] = received[offset : offset + n * cols].view(n, cols)
                 offset += n * cols
         return out
+
+
+def _shape(rows: Rows, cols: int) -> Tuple[int, int]:
+    return rows[1] - rows[0], cols

@@ -36,7 +36,7 @@ def orthonormalize(
     """
     The ``Q`` of ``x = Q R`` with a positive diagonal of ``R``, for each matrix of a stack. Columns
     that depend on those before them, up to rounding, are replaced by arbitrary ones orthonormal to
-    all others. A zero matrix gives zero, and so does one that is not finite.
+    all others. A zero matrix gives zero, one that is not finite NaN.
 
     :param x: Shape ``(k, m, r)`` with ``m >= r``.
     :param method: How it is computed. Of matrices too small for a sketch, by Householder QR.
@@ -54,6 +54,7 @@ def orthonormalize(
         raise ValueError(f"{len(generators)} generators for {k} matrices")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     top = x.abs().amax(-2, keepdim=True)
+    finite = top.isfinite().all(-1, keepdim=True)
     alive = (top > 0).any(-1, keepdim=True)
     # Per column, which changes no Q: what depends on what shows in R whatever the scales are.
     # A power of two divides without rounding.
@@ -65,7 +66,8 @@ def orthonormalize(
         q = _householder(x)
     else:
         q = _cholesky(*_precondition(x, _sketch(x, rows, generators), _fill(x, generators)))
-    return q.masked_fill_(~(alive & _is_orthonormal(q)), 0)
+    q.masked_fill_(~(alive & _is_orthonormal(q)), 0)
+    return q.masked_fill_(~finite, torch.nan)
 
 
 def _householder(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,9 @@ import torch
 
 __all__ = ["full_precision"]
 
+_mkldnn: Any = torch.backends.mkldnn  # mypy does not see what it has
+BACKENDS: List[Any] = [torch.backends.cuda.matmul, _mkldnn.matmul]
+
 
 class full_precision(ContextDecorator):
     """
@@ -18,11 +21,13 @@ class full_precision(ContextDecorator):
     """
 
     def __init__(self) -> None:
-        self._before: List[str] = []
+        self._before: List[List[str]] = []
 
     def __enter__(self) -> None:
-        self._before.append(torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
+        self._before.append([backend.fp32_precision for backend in BACKENDS])
+        for backend in BACKENDS:
+            backend.fp32_precision = "ieee"
 
     def __exit__(self, *error: Any) -> None:
-        torch.set_float32_matmul_precision(self._before.pop())
+        for backend, precision in zip(BACKENDS, self._before.pop()):
+            backend.fp32_precision = precision

@@ -23,6 +23,10 @@ from .reports import thin_report
 __all__ = ["Dion", "DionConfig", "OrthonormalSide"]
 
 
+ROUNDING = 64
+"""Columns of ``R`` that are shorter than this many roundings of the longest are taken for zero."""
+
+
 class OrthonormalSide(StrEnum):
     """Which side of the update ``P V^T`` is orthonormal: it needs the work, the other is state."""
 
@@ -120,11 +124,14 @@ class Dion(AdamWForOthers, LowRankOptimizer):
         return orthonormalize(product.unsqueeze(0), method, [sketch])[0]
 
     def next_basis(
-        self, group: Mapping[str, Any], r: torch.Tensor, squares: torch.Tensor, basis: torch.Tensor
+        self, group: Mapping[str, Any], r: torch.Tensor, lengths: torch.Tensor, basis: torch.Tensor
     ) -> torch.Tensor:
-        # Where M is zero, P and R are, and the basis stays.
-        normed = r / (squares.sqrt() + group["basis_eps"])
-        return torch.where(squares.sum() > 0, normed, basis)
+        longest = lengths.max()
+        # Of a direction that M does not have R is rounding, which must not grow to unit length.
+        there = lengths > ROUNDING * torch.finfo(r.dtype).eps * longest
+        normed = torch.where(there, r / (lengths + group["basis_eps"]), 0.0)
+        # Where M is zero, P and R are, and the basis stays; also where R overflows.
+        return torch.where((longest > 0) & (longest < torch.inf), normed, basis)
 
     def report(
         self, group: Mapping[str, Any], gram: torch.Tensor, n_out: int, n_in: int

@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.matrix import Owned
-from ..engine.random import generator
+from ..engine.random import generator, random_signs
 from ..linalg.spectrum import effective_rank_of, lanczos
 from .muon_family import MuonFamily, MuonFamilyConfig, MuonOptions
 
@@ -99,6 +99,7 @@ class NoisyMuon(MuonFamily):
 
     measures = True
     host_factors = (SPECTRUM,)
+    nullable = frozenset({"rank_threshold"})
 
     def __init__(
         self,
@@ -259,12 +260,10 @@ class NoisyMuon(MuonFamily):
         return self.directions(torch.stack(drawn)) * scale
 
     def _probes(self, owned: Owned) -> torch.Tensor:
-        shape, device = (min(owned.x.shape[-2:]), PROBES), owned.x.device
-        drawn = []
-        for name in owned.names:
-            source = generator(self._seed, owned.call, name, "probes", device)
-            drawn.append(torch.randint(0, 2, shape, generator=source, device=device))
-        return torch.stack(drawn) * 2.0 - 1.0
+        shape = (min(owned.x.shape[-2:]), PROBES)
+        names, call = owned.names, owned.call
+        drawn = [random_signs(shape, self._seed, call, name, "probes", owned.x) for name in names]
+        return torch.stack(drawn)
 
 
 def _spectrum_shape(n_out: int, n_in: int) -> Tuple[int, ...]:

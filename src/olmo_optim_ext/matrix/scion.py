@@ -211,10 +211,11 @@ class ScionConfig(PolarConfig, MatrixOptimConfig[Scion]):
     sign_scale: float = 3000.0
     """Radius of the sign norm, > 0, but of vectors. As in the authors' recipe."""
 
-    bias_rms_scale: float = 50.0
+    bias_rms_scale: float = 1.0
     """
-    Radius of the RMS norm, > 0, and of vectors also with ``sign``. The authors' models have no such
-    parameters in their recipe for nanoGPT; in others these have the radius of the hidden layers.
+    Radius of the RMS norm, > 0, and of vectors also with ``sign``. Ours: the authors' recipe for
+    nanoGPT has no vectors, and with the radius of its matrices the gains of norms, which begin at
+    1, would change their signs within a few hundred steps.
     """
 
     column_scale: float = 50.0

@@ -583,7 +583,7 @@ def test_dion_sends_thin_factors(side, label, counts):
         if label == "ddp4":
             n_floats += (ranks - 1) * rank * (n_out + n_in + 1)
         elif side == "inputs" or n_out < n_in:  # the basis is with its rows
-            n_floats += 2 * (ranks - 1) * rank * (n_in + 1)
+            n_floats += 2 * (ranks - 1) * rank * (n_in + 2)  # lengths in float64
         else:
             n_floats += (ranks - 1) * rank * (3 * n_in + 2 * n_out / ranks + 1)
     sent = total(counts, name, label)

@@ -46,6 +46,10 @@ LATER = STEPS - 5
 """When four ranks save, for one to continue."""
 
 
+ONE_OF_EACH = ("fsdp2", "ddp2", "ep2", "hsdp2x2", "tp2xfsdp2", "ep2xfsdp2")
+"""Meshes of each kind, with the fewest ranks that it needs."""
+
+
 def by_columns(param: nn.Parameter):
     """Shard matrices by columns: a sharding without a fast path."""
     return Shard(1) if param.ndim == 2 and param.shape[1] % 4 == 0 else Shard(0)
@@ -272,7 +276,8 @@ def count(folder: Path) -> None:
         for label in ("fsdp4", "hsdp2x2", "ddp4"):
             shard = meshes(kind)[label]
             model, at = shard(kind(0)), places(kind, shard)
-            optim: Any = config.build(model)
+            # The gate would send a flag of its own.
+            optim: Any = config.replace(skip_step=False).build(model)
             computed = note_computed(optim)
             train(model, optim, kind(0), at, 0, 1)  # the second step may do more than the first
             computed.clear()
@@ -341,6 +346,8 @@ def main(folder: Path) -> None:
         if dist.get_world_size() == 2:
             run_alone(variant, folder / f"{variant.name}-alone.pt")
         for label, shard in meshes(variant.model).items():
+            if not variant.everywhere and label not in ONE_OF_EACH:
+                continue
             run(variant, shard, folder / f"{variant.name}-{label}.pt")
             done.append((variant.name, label, variant.bitwise))
         if variant.resumes:

@@ -20,6 +20,19 @@ class ExpertShapes(nn.Module):
         _fill(self, seed)
 
 
+class SketchShapes(nn.Module):
+    """Matrices with a side longer than the sketch of randomised Cholesky QR has rows."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        self.embeddings = nn.Embedding(11, 8)
+        self.square = nn.Linear(8, 8, bias=False)
+        self.tall = nn.Linear(8, 151, bias=False)
+        self.wide = nn.Linear(160, 6, bias=False)
+        self.norm = nn.LayerNorm(8)
+        _fill(self, seed)
+
+
 class LargeShapes(nn.Module):
     """Matrices of the proportions of a small transformer, for counts of bytes."""
 

@@ -14,7 +14,7 @@ from olmo_optim_ext.matrix.orthogonal import PolarConfig
 
 from .case import MixedShapes
 from .cases import CASES
-from .models import ExpertShapes
+from .models import ExpertShapes, SketchShapes
 from .noise_cases import TRIGGERED
 from .toys import PerShardMaskConfig, ShardLocalMuonConfig, WhiteningConfig
 
@@ -27,6 +27,8 @@ class Variant(NamedTuple):
     bitwise: bool
     resumes: bool = False
     """Whether it is also saved on some ranks and continued on others."""
+    everywhere: bool = True
+    """Whether it runs on all meshes, or on one of each kind."""
 
 
 def _variants() -> List[Variant]:
@@ -37,17 +39,19 @@ def _variants() -> List[Variant]:
         rounded = replace(config, state_dtype=DType.bfloat16)
         out += [
             Variant(name, MixedShapes, config, bitwise, resumes=True),
-            Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise),
+            Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise, everywhere=False),
             Variant(f"{name}_experts", ExpertShapes, config, bitwise),
         ]
         if isinstance(config, MatrixOptimConfig):
             # Of 14 rows 4, 3 and 7: shards of 7 or 4 rows cut them.
             blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [4, 3, 7]})
             split = replace(config, group_overrides=[blocks])
-            alone = replace(config, share_replicas=False)
+            alone, is_muon = replace(config, share_replicas=False), name == "ext_muon"
             out += [
-                Variant(f"{name}_row_blocks", MixedShapes, split, bitwise),
-                Variant(f"{name}_redundant", MixedShapes, alone, bitwise),
+                Variant(f"{name}_row_blocks", MixedShapes, split, bitwise, everywhere=False),
+                Variant(
+                    f"{name}_redundant", MixedShapes, alone, bitwise, False, name == "ext_muon"
+                ),
             ]
     # The other side is orthonormal: rows of the basis are with the rows of the parameter, or not.
     dion = CASES["ext_dion"].config
@@ -56,19 +60,26 @@ def _variants() -> List[Variant]:
         other = replace(dion, orthonormal_side=side)
         out += [
             Variant(f"ext_dion_{side}", MixedShapes, other, False, resumes=True),
-            Variant(f"ext_dion_{side}_experts", ExpertShapes, other, False, resumes=True),
+            Variant(f"ext_dion_{side}_experts", ExpertShapes, other, False, True, everywhere=False),
         ]
     # One matrix of the parameter is transposed, the other not; a border of shards cuts each.
     blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [5, 9]})
     unlike = replace(dion, group_overrides=[blocks])
-    out.append(Variant("ext_dion_unlike_blocks", MixedShapes, unlike, False, resumes=True))
+    out.append(
+        Variant("ext_dion_unlike_blocks", MixedShapes, unlike, False, True, everywhere=False)
+    )
+    # Large enough for the sketch of randomised Cholesky QR.
+    out.append(Variant("ext_dion_sketched", SketchShapes, dion, False, everywhere=False))
     # Noise that follows from what was measured, and that stays.
     orthogonal, isotropic = (CASES[f"muon_{name}"].config for name in ("orthonoise", "isotropic"))
+    triggered = replace(isotropic, **TRIGGERED)
     persistent = replace(orthogonal, **{**TRIGGERED, "persist_noise": True})
     out += [
         Variant("muon_orthonoise_persistent", MixedShapes, persistent, False, resumes=True),
-        Variant("muon_orthonoise_persistent_experts", ExpertShapes, persistent, False),
-        Variant("muon_isotropic_triggered", MixedShapes, replace(isotropic, **TRIGGERED), False),
+        Variant(
+            "muon_orthonoise_persistent_experts", ExpertShapes, persistent, False, everywhere=False
+        ),
+        Variant("muon_isotropic_triggered", MixedShapes, triggered, False, everywhere=False),
     ]
     out += [
         Variant("whitening", MixedShapes, WhiteningConfig(), False, resumes=True),
