@@ -191,9 +191,9 @@ _ROWS = (
         paper="arXiv:2504.05295",
         state_bytes_per_param=4,
         factors="4 r bytes for each unit of the side that is not orthonormalised",
-        exchange="thin factors, never the matrix. In numbers, per matrix (out, in) with rows shared "
-        "by W ranks: 2 r in where inputs are orthonormalised, else 3 r in + 2 r out / W; under DDP "
-        "r (in + out) / W",
+        exchange="thin factors, never the matrix. In numbers, per matrix (out, in) with rows "
+        "shared by W ranks: 2 r in where inputs are orthonormalised, else 3 r in + 2 r out / W; "
+        "under DDP r (in + out) / W",
     ),
     OptimizerInfo(
         name="ext_nor_muon",

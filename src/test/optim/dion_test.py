@@ -161,3 +161,58 @@ def test_the_head_may_have_a_smaller_learning_rate():
     assert lr_of("lm_head.weight") == pytest.approx(0.01 / math.sqrt(8))
     assert lr_of("lm_head.weight", adamw_lr=0.002) == pytest.approx(0.002 / math.sqrt(8))
     assert lr_of("embeddings.weight") == lr_of("square.weight") == 0.01
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e19, 1e30])
+def test_one_gradient_of_any_size_costs_no_later_step(scale):
+    """Squares of float32 overflow at 1e19, and vanish at 1e-23."""
+    grads = [torch.randn(20, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    usual = torch.linalg.norm(
+        moved(model := linear(20, 8), build(model, rank_fraction=0.5), grads[0])
+    )
+    model = linear(20, 8)
+    optim = build(model, rank_fraction=0.5, skip_step=False)
+    update = moved(model, optim, grads[0] * scale)
+    assert torch.linalg.norm(update) < 1.01 * usual
+    optim.state[model.weight]["momentum"].zero_()
+    for grad in grads[1:]:
+        update = moved(model, optim, grad)
+    assert torch.linalg.norm(update) == pytest.approx(float(usual), rel=1e-3)
+
+
+def test_directions_that_the_momentum_does_not_have_are_not_taken():
+    """At full rank, with momentum of rank 3: the rest of ``R`` is rounding."""
+    grad = gradient((40, 30), torch.ones(3))
+    model = linear(40, 30)
+    update = moved(model, build(model), grad)
+    values = torch.linalg.svdvals(update.double())
+    assert (values[3:] < 1e-5).all() and values[0] > 0.5
+
+
+def test_what_is_not_finite_shows():
+    model = linear(20, 8)
+    optim = build(model, skip_step=False)
+    moved(model, optim, torch.full((20, 8), math.nan))
+    assert model.weight.isnan().all()
+
+
+def test_meshes_test_sketches(monkeypatch):
+    """The variant for them is large enough."""
+    from olmo_optim_ext.linalg import orthonormal
+
+    from .models import SketchShapes
+
+    shapes = []
+    cholesky = orthonormal._cholesky
+
+    def noting(y: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        shapes.append(y.shape)
+        return cholesky(y, order)
+
+    monkeypatch.setattr(orthonormal, "_cholesky", noting)
+    model = SketchShapes()
+    optim = DionConfig(rank_fraction=0.5).build(model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optim.step()
+    assert shapes == [(1, 151, 4), (1, 160, 3)]

@@ -49,9 +49,7 @@ def _variants() -> List[Variant]:
             alone, is_muon = replace(config, share_replicas=False), name == "ext_muon"
             out += [
                 Variant(f"{name}_row_blocks", MixedShapes, split, bitwise, everywhere=False),
-                Variant(
-                    f"{name}_redundant", MixedShapes, alone, bitwise, False, name == "ext_muon"
-                ),
+                Variant(f"{name}_redundant", MixedShapes, alone, bitwise, False, is_muon),
             ]
     # The other side is orthonormal: rows of the basis are with the rows of the parameter, or not.
     dion = CASES["ext_dion"].config
