@@ -130,8 +130,8 @@ class Dion(AdamWForOthers, LowRankOptimizer):
         # Of a direction that M does not have R is rounding, which must not grow to unit length.
         there = lengths > ROUNDING * torch.finfo(r.dtype).eps * longest
         normed = torch.where(there, r / (lengths + group["basis_eps"]), 0.0)
-        # Where M is zero, P and R are, and the basis stays; also where R overflows.
-        return torch.where((longest > 0) & (longest < torch.inf), normed, basis)
+        # Where M is zero, P and R are, and the basis stays.
+        return torch.where(longest > 0, normed, basis)
 
     def report(
         self, group: Mapping[str, Any], gram: torch.Tensor, n_out: int, n_in: int

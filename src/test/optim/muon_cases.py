@@ -78,6 +78,37 @@ def _muon_oracle(adjust_lr_fn: Optional[str], nesterov: bool) -> Oracle:
     return run
 
 
+def _package_nor_muon(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+    """pytorch-optimizer's ``NorMuon``, with an exact polar factor in place of its bfloat16 one."""
+    from pytorch_optimizer import NorMuon
+    from pytorch_optimizer.optimizer.muon import normuon as module
+
+    normuon: Any = module
+
+    def exact(x, num_steps, weights):
+        u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+        return (u @ vh).to(x.dtype)
+
+    out = adamw_oracle(start, steps)
+    model = MixedShapes()
+    model.load_state_dict(start)
+    matrices = [model.get_parameter(name) for name in MATRICES]
+    own = dict(lr=0.01, momentum=0.9, beta2=0.8, weight_decay=0.1, use_muon=True)
+    optim = NorMuon([dict(params=matrices, **own)], foreach=False)
+    original = normuon.zero_power_via_newton_schulz_5
+    normuon.zero_power_via_newton_schulz_5 = exact
+    try:
+        for step in range(steps):
+            set_lr(optim, step)
+            grads = grads_at(step, model)
+            for name, param in zip(MATRICES, matrices):
+                param.grad = grads[name]
+            optim.step()
+    finally:
+        normuon.zero_power_via_newton_schulz_5 = original
+    return {**out, **{name: param.detach() for name, param in zip(MATRICES, matrices)}}
+
+
 def _nor_muon(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
     """
     The authors' rule in float64 with an exact polar factor, written out for one step at a time, and
@@ -127,7 +158,8 @@ CASES: Dict[str, Case] = {
     "ext_nor_muon": Case(
         config=NorMuonConfig(**NOR_MUON),
         oracles=[
-            (NorMuonConfig(polar_method=PolarMethod.svd, **NOR_MUON), _nor_muon, 1e-5),
+            (NorMuonConfig(polar_method=PolarMethod.svd, **NOR_MUON), oracle, 1e-5)
+            for oracle in (_nor_muon, _package_nor_muon)
         ],
         bad_fields=[
             *BAD_MUON,
