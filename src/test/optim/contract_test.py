@@ -29,7 +29,7 @@ from .case import STEPS, MixedShapes, grads_at, relative_error, train, weights
 from .cases import CASES
 from .models import LargeShapes
 from .toys import ListState, TimesZero
-from .variants import MUON_LIKE, VARIANTS
+from .variants import MUON_LIKE, ONE_OF_A_LOOP, ONE_OF_EACH, VARIANTS
 
 NAMES = list_optimizers()
 
@@ -136,7 +136,8 @@ def test_no_mesh_changes_the_update(name, mesh_results):
     labels = {label for variant, label, _ in done if variant == name}
     assert labels >= {*LABELS["mixed"], "1tofsdp2", "2tofsdp4", "2tohsdp2x2"}
     labels = {label for variant, label, _ in done if variant == f"{name}_experts"}
-    assert labels >= set(LABELS["experts"])
+    everywhere = name in (*ONE_OF_A_LOOP, "whitening")
+    assert labels >= {each for each in LABELS["experts"] if everywhere or each in ONE_OF_EACH}
     for variant, label, bitwise in done:
         error = mesh_error(mesh_results, variant, label, variant)
         assert error == 0.0 if bitwise else error < 1e-5, (variant, label)
@@ -593,7 +594,7 @@ def test_dion_sends_thin_factors(side, label, counts):
     # is ranks * rank_fraction of what Muon sends.
     allowed = {
         ("longer", "fsdp4"): 1.05,
-        ("inputs", "fsdp4"): 0.65,
+        ("inputs", "fsdp4"): 0.66,
         ("longer", "hsdp2x2"): 0.65,
         ("inputs", "hsdp2x2"): 0.4,
         ("longer", "ddp4"): 0.4,

@@ -38,16 +38,12 @@ from .case import STEPS, grads_at, set_lr
 from .case import train as train_alone
 from .memory import peak_bytes
 from .models import ExpertShapes, LargeShapes
-from .variants import BROKEN, COUNTED, VARIANTS, Variant
+from .variants import BROKEN, COUNTED, ONE_OF_EACH, VARIANTS, Variant
 
 Sharding = Callable[[Any], Any]
 
 LATER = STEPS - 5
 """When four ranks save, for one to continue."""
-
-
-ONE_OF_EACH = ("fsdp2", "ddp2", "ep2", "hsdp2x2", "tp2xfsdp2", "ep2xfsdp2")
-"""Meshes of each kind, with the fewest ranks that it needs."""
 
 
 def by_columns(param: nn.Parameter):

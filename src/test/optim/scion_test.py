@@ -53,7 +53,7 @@ def test_each_role_has_its_norm_and_radius():
     assert fields["square.weight"] == ("spectral", 50.0, None, "scion")
     assert fields["embeddings.weight"] == ("sign", 3000.0, 8, "sign")
     assert fields["lm_head.weight"] == ("sign", 3000.0, 8, "sign")
-    assert fields["norm.weight"] == fields["row.weight"] == ("rms", 50.0, None, "rms")
+    assert fields["norm.weight"] == fields["row.weight"] == ("rms", 1.0, None, "rms")
     assert all("weight_decay" not in group for group in groups.values())
 
 

@@ -31,6 +31,13 @@ class Variant(NamedTuple):
     """Whether it runs on all meshes, or on one of each kind."""
 
 
+ONE_OF_A_LOOP = ("ext_adamw", "ext_muon", "ext_nor_muon", "ext_dion")
+"""Names for coordinates, whole matrices, these with factors, and thin factors."""
+
+ONE_OF_EACH = ("fsdp2", "ddp2", "ep2", "hsdp2x2", "tp2xfsdp2", "ep2xfsdp2")
+"""Meshes of each kind, with the fewest ranks that it needs."""
+
+
 def _variants() -> List[Variant]:
     out = []
     for name in list_optimizers():
@@ -40,17 +47,16 @@ def _variants() -> List[Variant]:
         out += [
             Variant(name, MixedShapes, config, bitwise, resumes=True),
             Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise, everywhere=False),
-            Variant(f"{name}_experts", ExpertShapes, config, bitwise),
+            Variant(f"{name}_experts", ExpertShapes, config, bitwise, False, name in ONE_OF_A_LOOP),
         ]
         if isinstance(config, MatrixOptimConfig):
             # Of 14 rows 4, 3 and 7: shards of 7 or 4 rows cut them.
             blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [4, 3, 7]})
             split = replace(config, group_overrides=[blocks])
-            alone, is_muon = replace(config, share_replicas=False), name == "ext_muon"
-            out += [
-                Variant(f"{name}_row_blocks", MixedShapes, split, bitwise, everywhere=False),
-                Variant(f"{name}_redundant", MixedShapes, alone, bitwise, False, is_muon),
-            ]
+            out.append(Variant(f"{name}_row_blocks", MixedShapes, split, bitwise, everywhere=False))
+            if name in ("ext_muon", "ext_dion"):  # one of each loop that shares
+                alone = replace(config, share_replicas=False)
+                out.append(Variant(f"{name}_redundant", MixedShapes, alone, bitwise))
     # The other side is orthonormal: rows of the basis are with the rows of the parameter, or not.
     dion = CASES["ext_dion"].config
     assert isinstance(dion, DionConfig)
