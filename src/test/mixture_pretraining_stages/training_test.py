@@ -99,7 +99,7 @@ def test_models_are_factories_with_arguments_or_full_configs(tmp_path):
 
 def test_names_become_configs_without_a_list_of_names():
     for name in olmo_optim_ext.list_optimizers():
-        cls = olmo_optim_ext.get_config_class(name)
+        cls: Any = olmo_optim_ext.get_config_class(name)
         assert _optimizer_class_name(name) == f"{cls.__module__}.{cls.__name__}"
         spec: Any = _build_optimizer_spec(name, lr=0.5)
         assert type(spec) is cls and spec.lr == 0.5
