@@ -59,7 +59,7 @@ class MatrixMetricsCallback(Callback):
 
     There is no host-device sync in ``step()``. After a step with a report, and only there, the host
     waits for the device; each rank evaluates the matrices that it has computed, and all exchange
-    the results, so that all record the same. A matrix takes a rank about 20 ms where its smaller
+    the results, so that all record the same. A matrix takes a rank 15 to 50 ms where its smaller
     side is 256 or more (one core). Nothing is recorded of a step that was skipped, nor of a
     matrix whose report is not finite.
 
