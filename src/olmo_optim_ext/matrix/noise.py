@@ -41,7 +41,8 @@ SPECTRUM, FIRED, NOISE = "spectrum", "fired", "noise"
 PROBES, STEPS = 8, 16
 """
 Of Lanczos: exact to rounding up to a short side of 128, and coarse beyond: at 1024 a decaying
-spectrum was seen 18 % off (plans/muon_orthonoise.md). The host takes 3 ms for a matrix; for 16 probes it takes 18.
+spectrum was seen 18 % off (plans/muon_orthonoise.md). The host takes 3 ms for a matrix; for 16
+probes it takes 18.
 """
 
 
