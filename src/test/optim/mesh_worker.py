@@ -36,7 +36,7 @@ from olmo_optim_ext.engine.matrix_base import MatrixBase
 
 from .case import STEPS, grads_at, set_lr
 from .case import train as train_alone
-from .memory import peak_bytes
+from .memory import peak_bytes, transfers_held_by_their_work
 from .models import ExpertShapes, LargeShapes
 from .variants import BROKEN, COUNTED, ONE_OF_EACH, VARIANTS, Variant
 
@@ -307,29 +307,30 @@ def measure(folder: Path) -> None:
         return optim
 
     optim = build("fsdp4")
-    # The least of some: a thread of gloo's may hold the buffers of a finished transfer for a while.
-    peak = min(peak_bytes(optim.step) for _ in range(5))
+    with transfers_held_by_their_work(largest):
+        peak = peak_bytes(optim.step)
     (exchange,) = optim._exchanges.values()
 
-    # The profiler does not see what gloo's threads free, which under DDP is all buffers.
+    # Under DDP what rules for coordinates allocate for a moment is as large as a matrix here.
     buffers: List[Any] = []
     alive: List[int] = []
     start = BroadcastExchange.start
 
     def noting(self: BroadcastExchange, bucket: Any, buffer: torch.Tensor) -> Any:
-        assert buffer.nbytes <= 2 * largest
+        assert buffer.nbytes <= SmallBuckets.bucket_bytes
         buffers.append(weakref.ref(buffer))
         alive.append(sum(buffer() is not None for buffer in buffers))
         return start(self, bucket, buffer)
 
     optim = build("ddp4")
     BroadcastExchange.start = noting  # type: ignore[method-assign]
-    optim.step()
+    with transfers_held_by_their_work(largest):
+        optim.step()
     BroadcastExchange.start = start  # type: ignore[method-assign]
 
     parts: List[Any] = [None] * dist.get_world_size()
-    mine = (peak, largest, 2 * largest, len(exchange.buckets), len(alive), max(alive))
-    dist.all_gather_object(parts, mine)
+    buckets = (SmallBuckets.bucket_bytes, len(exchange.buckets), len(alive))
+    dist.all_gather_object(parts, (peak, largest, *buckets, max(alive)))
     if dist.get_rank() == 0:
         (folder / "memory.json").write_text(json.dumps(parts))
 
