@@ -25,6 +25,7 @@ from .matrix.muon_orthonoise import MuonOrthoNoise, MuonOrthoNoiseConfig
 from .matrix.noise import AlphaAnnealing
 from .matrix.nor_muon import NorMuon, NorMuonConfig
 from .matrix.scion import Scion, ScionConfig, ScionNorm
+from .matrix.soap import Soap, SoapConfig
 
 __all__ = [
     "AdamW",
@@ -60,6 +61,8 @@ __all__ = [
     "Scion",
     "ScionConfig",
     "ScionNorm",
+    "Soap",
+    "SoapConfig",
     "get_config_class",
     "list_optimizers",
     "optimizer_info",

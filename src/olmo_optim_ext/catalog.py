@@ -19,6 +19,7 @@ from .matrix.muon_nolah import MuonNolahConfig
 from .matrix.muon_orthonoise import MuonOrthoNoiseConfig
 from .matrix.nor_muon import NorMuonConfig
 from .matrix.scion import ScionConfig
+from .matrix.soap import SoapConfig
 
 __all__ = [
     "OptimizerInfo",
@@ -244,6 +245,33 @@ _ROWS = (
                 + ": learning rate 0.016, a fifth of it for signs, weight decay 0.1, but none "
                 "of embeddings and gains; it clips the gradients of the sign half only. Names are "
                 "those of OLMo-core's Transformer, not tied",
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="soap",
+        config_class=SoapConfig,
+        family="matrix",
+        summary="Adam in the eigenbasis of Shampoo's preconditioner",
+        paper="arXiv:2409.11321",
+        state_bytes_per_param=8,
+        factors="8 (out^2 + in^2) bytes and 8 more, without a side that has no preconditioner; all "
+        "state, also what is counted per parameter, on the owner with sharded rows, else on each rank",
+        exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {
+                    "lr": 0.016,
+                    "betas": (0.95, 0.98),
+                    "shampoo_beta": 0.95,
+                    "eps": 1e-15,
+                    "weight_decay": 0.1,
+                    "precondition_frequency": 1,
+                    "block_size": 256,
+                },
+                _SWEEP + ", which keeps momentum in the original basis, and where embeddings, head "
+                "and gains follow SOAP too",
             ),
         ),
     ),

@@ -85,6 +85,14 @@ class MatrixLayout:
         split = tuple(sizes) * len(self.out_sizes)
         return replace(self, col_sizes=split) if self.in_out else replace(self, row_sizes=split)
 
+    def split(self, size: int) -> "MatrixLayout":
+        """Each matrix split into blocks of at most this many rows and columns."""
+
+        def parts(sizes: Tuple[int, ...]) -> Tuple[int, ...]:
+            return tuple(min(size, n - i) for n in sizes for i in range(0, n, size))
+
+        return replace(self, row_sizes=parts(self.row_sizes), col_sizes=parts(self.col_sizes))
+
     def blocks(self) -> List[Block]:
         """The place of each matrix, row by row of the grid."""
         out = []

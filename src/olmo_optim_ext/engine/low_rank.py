@@ -220,6 +220,7 @@ class LowRankOptimizer(MatrixBase):
     ) -> List[Plan]:
         placed = [self._placed(param, layout) for _, param, layout in params]
         owners: List[List[int]] = [[] for _ in params]
+        group_of = {param: group for group in self.param_groups for param in group["params"]}
         for process_group in dict.fromkeys(placing.group for placing, _ in placed):
             if process_group is None:
                 continue
@@ -230,12 +231,12 @@ class LowRankOptimizer(MatrixBase):
                 for block in layout.blocks()
             ]
             earlier = [
-                (self.cost(*plan.shape(block)), owner)
-                for plan in self._plans.values()
+                (self.cost(group_of[param], *plan.shape(block)), owner)
+                for param, plan in self._plans.items()
                 if plan.placing.group is process_group
                 for (_, block), owner in zip(plan.blocks, plan.owners)
             ]
-            costs = [self.cost(*_out_in(params[i][2], block)) for i, block in items]
+            costs = [self.cost(params[i][0], *_out_in(params[i][2], block)) for i, block in items]
             found = assign_owners(
                 [cost for cost, _ in earlier] + costs,
                 dist.get_world_size(process_group),

@@ -149,6 +149,16 @@ class MatrixOptimizer(MatrixBase):
         del device
         return dtype
 
+    def phase(self, group: Mapping[str, Any], name: str, on_host: Mapping[str, np.ndarray]) -> Any:
+        """
+        What a rule does with a matrix in this step, where it decides so on the host
+        (:data:`host_factors`): matrices are computed at once only with those in the same phase.
+
+        :param name: Of the matrix.
+        :param on_host: As :data:`Owned.on_host`.
+        """
+        del group, name, on_host
+
     def report(
         self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
     ) -> Dict[str, torch.Tensor]:
@@ -202,6 +212,7 @@ class MatrixOptimizer(MatrixBase):
     def _with_owners(self, drafts: Sequence[Tuple[torch.Tensor, Plan]]) -> List[Plan]:
         """Largest first over all matrices of a group; matrices planned earlier keep their owner."""
         groups = {plan.placing.group for _, plan in drafts}
+        group_of = {param: group for group in self.param_groups for param in group["params"]}
         owners: Dict[torch.Tensor, List[int]] = {}
         for process_group in groups - {None}:
             plans = {**self._plans, **dict(drafts)}
@@ -210,7 +221,10 @@ class MatrixOptimizer(MatrixBase):
             fixed = [
                 plan.owners[k] if plan.owners else plan.sole_holders[k] for _, plan, k in items
             ]
-            costs = [self.cost(*plan.shape(plan.blocks[k][1])) for _, plan, k in items]
+            costs = [
+                self.cost(group_of[param], *plan.shape(plan.blocks[k][1]))
+                for param, plan, k in items
+            ]
             found = assign_owners(costs, dist.get_world_size(process_group), fixed)
             for (param, _, _), owner in zip(items, found):
                 owners.setdefault(param, []).append(owner)
@@ -396,8 +410,8 @@ class MatrixOptimizer(MatrixBase):
     def _stacks(self, items: Sequence[Item]) -> List[List[Item]]:
         """
         Matrices that a rule computes at once. On CPU a loop over matrices is as fast as a batch,
-        and does not depend on the mesh. On other devices those of one shape and group, up to the
-        size of a bucket; this was only reasoned.
+        and does not depend on the mesh. On other devices those of one shape, group and phase, up
+        to the size of a bucket; this was only reasoned.
         """
         stacks: Dict[Any, List[Item]] = {}
         seen: Counter = Counter()
@@ -405,12 +419,20 @@ class MatrixOptimizer(MatrixBase):
             key: Any = number
             if job.member.grad.device.type != "cpu":
                 block = job.plan.blocks[k][1]
-                alike = (id(job.group), job.plan.shape(block))
+                alike = (id(job.group), job.plan.shape(block), self._phase(job, k))
                 n_bytes = block.numel * job.work.clock.itemsize
                 key = (alike, seen[alike] // max(1, self.bucket_bytes // n_bytes))
                 seen[alike] += 1
             stacks.setdefault(key, []).append((job, k))
         return list(stacks.values())
+
+    def _phase(self, job: Job, k: int) -> Any:
+        name = self.matrix_name(job.member.param, job.plan, job.plan.blocks[k][0])
+        return self.phase(job.group, name, self._on_host(job, k))
+
+    def _on_host(self, job: Job, k: int) -> Dict[str, np.ndarray]:
+        mirrors = self._mirrors.get((job.member.param, job.plan.blocks[k][0]), {})
+        return {name: mirror.read() for name, mirror in mirrors.items()}
 
     def _on_owner(self, items: Sequence[Item], whole: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """The updates of whole matrices as they are stored; keeps their new factors."""
@@ -433,7 +455,7 @@ class MatrixOptimizer(MatrixBase):
                 for job, k in items
             ),
             _numbers(items),
-            [{name: m.read() for name, m in each.items()} for each in mirrors],
+            [self._on_host(job, k) for job, k in items],
         )
         updates, factors = self.on_owner(first.group, owned)
         if self.reports is not None:

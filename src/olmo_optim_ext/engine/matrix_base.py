@@ -3,7 +3,7 @@ What all optimizers with a rule for matrices share, however they get at matrices
 which parameters follow the rule, what is planned for them, their factors, and reports.
 """
 
-from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, ClassVar, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
 from typing_extensions import Unpack
 
-from .base import CALLS, EngineOptions, ExtOptimizer, GroupWork
+from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
 from .elementwise import ElementwiseRule, apply_rule
 from .exchange import BUCKET_BYTES
 from .factors import Shape
@@ -105,13 +105,22 @@ class MatrixBase(ExtOptimizer):
         """By what an ``(out, in)`` update is multiplied, beside the learning rate."""
         raise NotImplementedError
 
-    def cost(self, n_out: int, n_in: int) -> float:
+    def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         """Floating point operations of the owner of one matrix: owners share them."""
         raise NotImplementedError
 
+    def decay(self, group: Mapping[str, Any], step: torch.Tensor) -> Union[float, torch.Tensor]:
+        """
+        By what weights are multiplied before the update is subtracted.
+
+        :param step: Updates of the parameter, including this one, 0-d, on the device.
+        """
+        del step
+        return 1 - group["lr"] * group["weight_decay"]
+
     def flops(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         """Floating point operations of a step for one matrix, on all ranks."""
-        return self.cost(n_out, n_in)
+        return self.cost(group, n_out, n_in)
 
     def factor_shapes(self, group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[str, Shape]:
         """Names and shapes of the factors of an ``(out, in)`` matrix. Float32."""
@@ -256,6 +265,20 @@ class MatrixBase(ExtOptimizer):
         reports, self.reports = self.reports or {}, None
         return reports
 
+    def all_matrices(self) -> Dict[str, Tuple[Dict[str, Any], Tuple[int, int]]]:
+        """
+        The group and the shape ``(out, in)`` of each matrix, by its name, whichever ranks have it:
+        the same on every mesh.
+        """
+        self._ensure_plans()
+        return {
+            self.matrix_name(param, plan, index): (group, plan.shape(block))
+            for group in self.param_groups
+            for param in group["params"]
+            if (plan := self._plans.get(param)) is not None
+            for index, block in enumerate(plan.layout.blocks())
+        }
+
     def update(self, work: Sequence[GroupWork]) -> None:
         self._ensure_plans()
         for algorithm, rule in self.leftover_rules.items():
@@ -276,7 +299,7 @@ class MatrixBase(ExtOptimizer):
         :param update: The same elements of the update.
         """
         group, work = job.group, job.work.clock.dtype
-        lr, decay = group["lr"], 1 - group["lr"] * group["weight_decay"]
+        lr, decay = group["lr"], self.decay(group, job.member.state[STEP])
         flat = weights.is_contiguous() and update.is_contiguous()
         if flat:
             weights, update = weights.view(-1), update.view(-1)

@@ -56,9 +56,11 @@ class AdamWForOthers(MatrixBase):
         self._adamw = {
             "lr": lr if adamw_lr is None else adamw_lr,
             "weight_decay": weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+            "betas": adamw_betas,
+            "eps": adamw_eps,
         }
-        # All groups have the same keys, as DCP wants it; matrices have no use for these two.
-        defaults = {**defaults, "betas": adamw_betas, "eps": adamw_eps}
+        # All groups have the same keys, as DCP wants it; most matrix rules have no use for these.
+        defaults = {"betas": adamw_betas, "eps": adamw_eps, **defaults}
         super().__init__(params, defaults, **options)
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:

@@ -145,7 +145,7 @@ class Dion(AdamWForOthers, LowRankOptimizer):
     def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return math.sqrt(n_out / n_in)
 
-    def cost(self, n_out: int, n_in: int) -> float:
+    def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         # Randomised Cholesky QR; what matters is how matrices compare, which all have one rank.
         return 6.5 * max(n_out, n_in) * min(n_out, n_in) ** 2
 

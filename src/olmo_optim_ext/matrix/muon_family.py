@@ -150,7 +150,7 @@ class MuonFamily(MatrixAndAdamW):
     def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return lr_scale(group["lr_scaling"], n_out, n_in)
 
-    def cost(self, n_out: int, n_in: int) -> float:
+    def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return self.polar.flops(n_out, n_in)
 
 

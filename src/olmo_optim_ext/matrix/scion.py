@@ -146,7 +146,7 @@ class Scion(MatrixOptimizer):
         n_in = group["fan_in"] or n_in
         return group["radius"] * spectral_scale(n_out, n_in, group["spectral_max"])
 
-    def cost(self, n_out: int, n_in: int) -> float:
+    def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         # Of the spectral norm: the others cost owners next to nothing.
         return self.polar.flops(n_out, n_in)
 

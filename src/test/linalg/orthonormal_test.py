@@ -1,3 +1,4 @@
+import math
 from typing import List, Tuple
 
 import pytest
@@ -52,6 +53,20 @@ def left_out(q: torch.Tensor, x: torch.Tensor) -> float:
     """The part of ``x`` outside of the span of ``q``, relative to ``x``."""
     q, x = q.double(), x.double()
     return float(torch.linalg.vector_norm(x - q @ (q.mT @ x)) / torch.linalg.vector_norm(x))
+
+
+def rounding(shape: Tuple[int, int], method: Orthonormalization) -> float:
+    """
+    How far from orthonormal rounding may leave the result: the square of the condition number that
+    a Cholesky decomposition gets, which for a Gaussian sketch of ``k`` rows is
+    ``(1 + sqrt(r / k)) / (1 - sqrt(r / k))``.
+    """
+    rows, cols = shape
+    sketch, eps = math.ceil(1.25 * cols / 128) * 128, torch.finfo(torch.float32).eps
+    if method == Orthonormalization.qr or sketch >= rows:
+        return 2 * eps * math.sqrt(rows)
+    root = math.sqrt(cols / sketch)
+    return 2 * eps * ((1 + root) / (1 - root)) ** 2
 
 
 def span_difference(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -161,7 +176,7 @@ DEFICIENT = [
 def test_rank_deficient(name: str, shape: Tuple[int, int], method: Orthonormalization):
     x = deficient(name, *shape)
     q = orthonormalize(x, method, generators(1))
-    assert deviation(q) < 1e-5
+    assert deviation(q) < rounding(shape, method)
     assert left_out(q, x) < 1e-5
 
 

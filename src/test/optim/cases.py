@@ -4,7 +4,14 @@ The contract table: one row per catalogue name.
 
 from typing import Dict
 
-from . import dion_cases, elementwise_cases, muon_cases, noise_cases, scion_cases
+from . import (
+    dion_cases,
+    elementwise_cases,
+    muon_cases,
+    noise_cases,
+    scion_cases,
+    soap_cases,
+)
 from .case import Case
 
 CASES: Dict[str, Case] = {
@@ -13,4 +20,5 @@ CASES: Dict[str, Case] = {
     **dion_cases.CASES,
     **noise_cases.CASES,
     **scion_cases.CASES,
+    **soap_cases.CASES,
 }

@@ -67,7 +67,7 @@ class Whitening(MatrixAndAdamW):
     def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return 1.0
 
-    def cost(self, n_out: int, n_in: int) -> float:
+    def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return float(n_out) ** 3
 
 

@@ -1,0 +1,83 @@
+"""
+What optimizers with preconditioners of matrices share: which parameters they take, and in what
+blocks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Dict, FrozenSet, Generic, Mapping, Optional, TypeVar
+
+import torch.nn as nn
+
+from ..engine.hyperparameters import check_hyperparameters
+from ..engine.layout import MatrixLayout
+from ..engine.matrix_base import ALGORITHM
+from ..engine.roles import ParamRole, Role
+from .base import AdamWForOthers, MatrixAndAdamWConfig
+
+__all__ = ["PreconditionedConfig"]
+
+Opt = TypeVar("Opt", bound=AdamWForOthers)
+
+
+@dataclass
+class PreconditionedConfig(MatrixAndAdamWConfig[Opt], Generic[Opt]):
+    """
+    Fields of the configs of optimizers with preconditioners. What they do not take follows AdamW
+    (``adamw_*``); ``group_overrides`` may give any matrix the ``role`` matrix.
+    """
+
+    block_size: Optional[int] = None
+    """
+    Divide each matrix into blocks of at most this many rows and columns, >= 1, each of which is
+    preconditioned as a matrix of its own. ``None`` takes matrices whole.
+    """
+
+    precondition_1d: bool = False
+    """
+    Also take the parameters with one dimension and at least two elements, each as a matrix with one
+    column.
+    """
+
+    precondition_embeddings: bool = False
+    """Also take embeddings, tied ones too. Sides that are too large have no preconditioner."""
+
+    precondition_lm_head: bool = False
+    """Also take the head, unless it is tied to an embedding."""
+
+    CONFIG_ONLY: ClassVar[FrozenSet[str]] = MatrixAndAdamWConfig.CONFIG_ONLY | {
+        "block_size",
+        "precondition_1d",
+        "precondition_embeddings",
+        "precondition_lm_head",
+    }
+
+    def __post_init__(self, *args: Any) -> None:
+        super().__post_init__(*args)
+        check_hyperparameters({"block_size": self.block_size}, type(self).__name__)
+
+    def takes_head(self) -> bool:
+        return self.precondition_lm_head
+
+    def algorithm_of(self, row: ParamRole, opts: Mapping[str, Any]) -> str:
+        takes = (self.precondition_embeddings and row.role == Role.embedding) or (
+            row.role == Role.vector and row.layout is not None and len(row.shape) == 1
+        )
+        return self.optimizer().algorithm if takes else super().algorithm_of(row, opts)
+
+    def _roles(
+        self, model: nn.Module, overrides: Dict[str, Dict[str, Any]]
+    ) -> Dict[str, ParamRole]:
+        return {
+            name: (
+                replace(row, layout=MatrixLayout.whole(row.shape))
+                if self.precondition_1d and len(row.shape) == 1 and row.shape[0] > 1
+                else row
+            )
+            for name, row in super()._roles(model, overrides).items()
+        }
+
+    def layouts(self, model: nn.Module, strict: bool = True) -> Dict[str, MatrixLayout]:
+        layouts = super().layouts(model, strict)
+        if self.block_size is None:
+            return layouts
+        return {name: layout.split(self.block_size) for name, layout in layouts.items()}
