@@ -17,6 +17,7 @@ from .engine.roles import ParamRole, Role
 from .linalg.orthonormal import Orthonormalization
 from .linalg.polar import PolarForm, PolarMethod
 from .matrix.dion import Dion, DionConfig, OrthonormalSide
+from .matrix.kron import Kron, KronConfig, KronFit, MemorySaveMode, TrustRegion
 from .matrix.muon import Muon, MuonConfig
 from .matrix.muon_family import LRScaling
 from .matrix.muon_isotropic import MuonIsotropic, MuonIsotropicConfig
@@ -36,7 +37,11 @@ __all__ = [
     "GradientGate",
     "Dion",
     "DionConfig",
+    "Kron",
+    "KronConfig",
+    "KronFit",
     "LRScaling",
+    "MemorySaveMode",
     "OrthonormalSide",
     "Orthonormalization",
     "Muon",
@@ -63,6 +68,7 @@ __all__ = [
     "ScionNorm",
     "Soap",
     "SoapConfig",
+    "TrustRegion",
     "get_config_class",
     "list_optimizers",
     "optimizer_info",

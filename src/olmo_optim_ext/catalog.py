@@ -13,6 +13,7 @@ from .elementwise.adamw import AdamWConfig
 from .elementwise.cautious_adamw import CautiousAdamWConfig
 from .elementwise.nadamw import NAdamWConfig
 from .matrix.dion import DionConfig
+from .matrix.kron import KronConfig
 from .matrix.muon import MuonConfig
 from .matrix.muon_isotropic import MuonIsotropicConfig
 from .matrix.muon_nolah import MuonNolahConfig
@@ -274,6 +275,17 @@ _ROWS = (
                 "and gains follow SOAP too",
             ),
         ),
+    ),
+    OptimizerInfo(
+        name="kron",
+        config_class=KronConfig,
+        family="matrix",
+        summary="Momentum, whitened by a preconditioner with Kronecker factors (PSGD)",
+        paper="arXiv:1512.04202; kron_torch (code)",
+        state_bytes_per_param=4,
+        factors="4 (out^2 + in^2) bytes, 4 n of a side whose factor is diagonal; all state, also what "
+        "is counted per parameter, on the owner with sharded rows, else on each rank",
+        exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
     ),
     OptimizerInfo(
         name="muon_orthonoise",

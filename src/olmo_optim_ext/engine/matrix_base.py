@@ -127,9 +127,14 @@ class MatrixBase(ExtOptimizer):
         return {}
 
     def fill_factor(
-        self, group: Mapping[str, Any], name: str, factor: torch.Tensor, matrix: str
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        factor: torch.Tensor,
+        matrix: str,
+        shape: Tuple[int, int],
     ) -> None:
-        """Give a factor of a matrix, which is zero, its first value."""
+        """Give a factor of an ``(out, in)`` matrix, which is zero, its first value."""
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         if group[ALGORITHM] == self.algorithm:
@@ -195,11 +200,11 @@ class MatrixBase(ExtOptimizer):
             state[name] = plan.factors.new(name, dtype, param.device)
         if param.is_meta:  # for a table of roles
             return
-        for matrix in range(len(plan.factors.shapes)):
-            matrix_name = self.matrix_name(param, plan, matrix)
+        for matrix, block in enumerate(plan.layout.blocks()):
+            matrix_name, shape = self.matrix_name(param, plan, matrix), plan.shape(block)
             for name, held in plan.factors.views(state, matrix).items():
                 whole = held.new_zeros(plan.factors.shapes[matrix][name])
-                self.fill_factor(group, name, whole, matrix_name)
+                self.fill_factor(group, name, whole, matrix_name, shape)
                 held.copy_(plan.factors.held_part(name, matrix, whole))
 
     def matrix_name(self, param: torch.Tensor, plan: Plan, matrix: int) -> str:

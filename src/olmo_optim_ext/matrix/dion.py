@@ -5,7 +5,7 @@ algorithm 1 and, for sharded matrices, 3).
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, Type
+from typing import Any, Dict, Mapping, Tuple, Type
 
 import torch
 from olmo_core.config import StrEnum
@@ -107,7 +107,12 @@ class Dion(AdamWForOthers, LowRankOptimizer):
         return group["orthonormal_side"] == OrthonormalSide.inputs
 
     def fill_factor(
-        self, group: Mapping[str, Any], name: str, factor: torch.Tensor, matrix: str
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        factor: torch.Tensor,
+        matrix: str,
+        shape: Tuple[int, int],
     ) -> None:
         factor.normal_(generator=generator(self._seed, 0, matrix, name, factor.device))
 

@@ -183,7 +183,12 @@ class Soap(MatrixAndAdamW):
         return shapes
 
     def fill_factor(
-        self, group: Mapping[str, Any], name: str, factor: torch.Tensor, matrix: str
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        factor: torch.Tensor,
+        matrix: str,
+        shape: Tuple[int, int],
     ) -> None:
         if name in EIGVECS:
             factor.fill_diagonal_(1.0)

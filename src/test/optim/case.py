@@ -112,6 +112,12 @@ class Case:
     without_decay: Dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.0})
     """Fields with which nothing is done to parameters but the update."""
 
+    without_randomness: Dict[str, Any] = field(default_factory=dict)
+    """
+    Fields with which nothing random enters the first five calls: what is random follows from the
+    number of the call.
+    """
+
     other_values: Dict[str, Any] = field(default_factory=lambda: {"lr": 0.02, "weight_decay": 0.3})
     """Other values of hyperparameters, which must not compile anything anew."""
 

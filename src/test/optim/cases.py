@@ -7,6 +7,7 @@ from typing import Dict
 from . import (
     dion_cases,
     elementwise_cases,
+    kron_cases,
     muon_cases,
     noise_cases,
     scion_cases,
@@ -21,4 +22,5 @@ CASES: Dict[str, Case] = {
     **noise_cases.CASES,
     **scion_cases.CASES,
     **soap_cases.CASES,
+    **kron_cases.CASES,
 }

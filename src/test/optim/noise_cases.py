@@ -167,14 +167,13 @@ def nolah(gate: str, scale: float, projection: bool, nesterov: bool = True) -> O
     return run
 
 
-ALWAYS: Dict[str, Any] = dict(
-    **MUON, rank_threshold=None, alpha=0.05, alpha_end=1e-5, anneal_steps=100, start_step=4
+FROM_THE_START: Dict[str, Any] = dict(
+    **MUON, rank_threshold=None, alpha=0.05, alpha_end=1e-5, anneal_steps=100
 )
-"""
-Noise in every step from the fifth on: a contract wants the first updates of a parameter to be the
-same, whatever the number of calls, from which noise follows. And it must be gone where small
-problems are to be solved.
-"""
+"""Noise in every step, and gone where small problems are to be solved."""
+
+ALWAYS: Dict[str, Any] = dict(**FROM_THE_START, start_step=4)
+"""The same from the fifth step on."""
 
 EXACT: Dict[str, Any] = dict(**ALWAYS, polar_method=PolarMethod.svd)
 FADING = annealed("exponential", 0.05, 1e-5, 100)
@@ -229,7 +228,7 @@ def _noise_oracles(config: Any, direction: Direction, cubic_steps: int) -> List[
 
 CASES: Dict[str, Case] = {
     "muon_orthonoise": Case(
-        config=MuonOrthoNoiseConfig(**ALWAYS),
+        config=MuonOrthoNoiseConfig(**FROM_THE_START),
         oracles=[
             *_noise_oracles(MuonOrthoNoiseConfig(**EXACT), orthonormal, 3),
             # An exact polar factor does not see cubic steps, which keep singular vectors.
@@ -251,16 +250,18 @@ CASES: Dict[str, Case] = {
         fast_lr=0.3,
         state_bytes={"muon_orthonoise": 4, "adamw": 8},
         factor_bytes=lambda n_out, n_in: 4,
+        without_randomness={"start_step": 4},
         without_decay={"weight_decay": 0.0, "adamw_weight_decay": 0.0},
     ),
     "muon_isotropic": Case(
-        config=MuonIsotropicConfig(**ALWAYS),
+        config=MuonIsotropicConfig(**FROM_THE_START),
         oracles=_noise_oracles(MuonIsotropicConfig(**EXACT), isotropic, 0),
         bad_fields=BAD_NOISE,
         bitwise=False,
         fast_lr=0.3,
         state_bytes={"muon_isotropic": 4, "adamw": 8},
         factor_bytes=lambda n_out, n_in: 4,
+        without_randomness={"start_step": 4},
         without_decay={"weight_decay": 0.0, "adamw_weight_decay": 0.0},
     ),
     "muon_nolah": Case(

@@ -48,7 +48,12 @@ class Whitening(MatrixAndAdamW):
         return {"gram": (n_out, n_out), "columns": (n_in,)}
 
     def fill_factor(
-        self, group: Mapping[str, Any], name: str, factor: torch.Tensor, matrix: str
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        factor: torch.Tensor,
+        matrix: str,
+        shape: Tuple[int, int],
     ) -> None:
         if name == "gram":
             factor.diagonal().fill_(0.001)
