@@ -41,6 +41,17 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1))
 
 
+def held_out_from(tokens: np.ndarray) -> int:
+    return int(0.9 * len(tokens))
+
+
+def held_out_loss(model: nn.Module, tokens: np.ndarray) -> float:
+    held_out, source = tokens[held_out_from(tokens) :], np.random.default_rng(0)
+    with torch.no_grad():
+        losses = [loss_of(model, batch(held_out, source)) for _ in range(32)]
+    return torch.stack(losses).mean().item()
+
+
 def new_model(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     config = TransformerConfig.llama_like(d_model=64, vocab_size=256, n_layers=2, n_heads=4)
@@ -62,8 +73,7 @@ def train(
     :returns: The loss on held-out text, and the optimizer.
     """
     tokens = text()
-    border = int(0.9 * len(tokens))
-    source, held_out = np.random.default_rng(seed), np.random.default_rng(0)
+    border, source = held_out_from(tokens), np.random.default_rng(seed)
     optim = config.build(model)
     for step in range(steps):
         for group in optim.param_groups:
@@ -73,9 +83,7 @@ def train(
         optim.zero_grad()
         if each_step is not None:
             each_step(step, optim)
-    with torch.no_grad():
-        losses = [loss_of(model, batch(tokens[border:], held_out)) for _ in range(32)]
-    return torch.stack(losses).mean().item(), optim
+    return held_out_loss(model, tokens), optim
 
 
 def fired(optim: Any) -> Dict[str, int]:

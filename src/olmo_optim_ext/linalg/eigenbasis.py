@@ -7,6 +7,7 @@ from typing import Tuple
 import torch
 
 from .precision import full_precision
+from .structured import orthonormal_columns, symmetric_product
 
 __all__ = ["eigenbasis", "gram_average", "power_step"]
 
@@ -21,12 +22,12 @@ def gram_average(gram: torch.Tensor, x: torch.Tensor, beta: float) -> torch.Tens
     :param gram: Shape ``(k, m, m)``.
     :param x: Shape ``(k, m, n)``, of the same dtype.
     """
-    return torch.baddbmm(gram, x, x.mT, beta=beta, alpha=1 - beta)
+    return symmetric_product(x, gram, beta, 1 - beta)
 
 
 def eigenbasis(gram: torch.Tensor, float64_on_failure: bool = True) -> Sides:
     """
-    Orthonormal eigenvectors, in columns, that of the largest eigenvalue first. Those of the null
+    Orthonormal eigenvectors, in rows, that of the largest eigenvalue first. Those of the null
     space, and of eigenvalues that are alike, are arbitrary.
 
     :param gram: Symmetric, ``(k, m, m)``, float32 or float64. On CUDA the host waits for the result
@@ -44,7 +45,7 @@ def eigenbasis(gram: torch.Tensor, float64_on_failure: bool = True) -> Sides:
 def _eigenvectors(gram: torch.Tensor, float64_on_failure: bool) -> torch.Tensor:
     for dtype in (gram.dtype, torch.float64) if float64_on_failure else (gram.dtype,):
         try:
-            return torch.linalg.eigh(gram.to(dtype)).eigenvectors.flip(-1).to(gram.dtype)
+            return torch.linalg.eigh(gram.to(dtype)).eigenvectors.mT.flip(0).to(gram.dtype)
         except torch.linalg.LinAlgError:
             continue
     return torch.full_like(gram, torch.nan)
@@ -53,24 +54,24 @@ def _eigenvectors(gram: torch.Tensor, float64_on_failure: bool) -> torch.Tensor:
 @full_precision()
 def power_step(gram: torch.Tensor, basis: torch.Tensor) -> Tuple[torch.Tensor, ...]:
     """
-    One step of orthogonal iteration towards the eigenbasis: ``gram basis``, orthonormalised, after
-    the columns were sorted by their Rayleigh quotients, that of the largest first.
+    One step of orthogonal iteration towards the eigenbasis: ``gram`` times each vector of the
+    basis, orthonormalised, after they were sorted by their Rayleigh quotients, the largest first.
 
     :param gram: Symmetric, ``(k, m, m)``.
-    :param basis: Orthonormal columns, ``(k, m, m)``.
+    :param basis: Orthonormal rows, ``(k, m, m)``.
 
-    :returns: The new basis; for each of its columns the column of the old one that it came from,
-        ``(k, m)``; and where the new basis is finite, ``(k,)``. Elsewhere the old one is returned.
+    :returns: The new basis; for each of its rows the row of the old one that it came from, ``(k,
+        m)``; and where the new basis is finite, ``(k,)``. Elsewhere the old one is returned.
     """
-    product = gram @ basis
-    quotients = (basis * product).sum(-2)
-    order = quotients.argsort(dim=-1, descending=True, stable=True)
-    sorted_product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
-    new, found = _kept_if_finite(torch.linalg.qr(sorted_product).Q, basis)
+    product = basis @ gram
+    order = (basis * product).sum(-1).argsort(dim=-1, descending=True, stable=True)
+    product = product.gather(-2, order.unsqueeze(-1).expand_as(product))
+    # LAPACK takes and gives matrices column by column: no copy of rows that are taken as columns.
+    new, found = _kept_if_finite(orthonormal_columns(product.mT).mT, basis)
     unsorted = torch.arange(order.shape[-1], device=order.device)
     return new, torch.where(found.unsqueeze(-1), order, unsorted), found
 
 
 def _kept_if_finite(new: torch.Tensor, old: torch.Tensor) -> Sides:
-    found = new.isfinite().all(-1).all(-1)
+    found = new.sum((-2, -1)).isfinite()
     return torch.where(found[:, None, None], new, old), found

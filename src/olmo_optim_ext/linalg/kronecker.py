@@ -12,10 +12,10 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 
 from .precision import full_precision
+from .structured import symmetric_product, upper_times, upper_times_upper
 
 __all__ = [
     "Factors",
-    "apply_factors",
     "balanced",
     "fit_by_division",
     "fit_by_products",
@@ -34,36 +34,27 @@ def _is_diagonal(q: torch.Tensor) -> bool:
     return q.ndim == 2
 
 
-def _times(q: Optional[torch.Tensor], x: torch.Tensor, side: int, transpose: bool) -> torch.Tensor:
+def _times(
+    q: Optional[torch.Tensor], x: torch.Tensor, side: int, transpose: bool, triangular: bool
+) -> torch.Tensor:
     """``q x`` or ``q^T x`` on the left, ``x q^T`` or ``x q`` on the right."""
     if q is None:
         return x
     if _is_diagonal(q):
         return x * (q.unsqueeze(-2) if side else q.unsqueeze(-1))
-    q = q.mT if transpose else q
-    return x @ q.mT if side else q @ x
+    if side:
+        return _times(q, x.mT, 0, transpose, triangular).mT
+    return upper_times(q, x, transpose) if triangular else (q.mT if transpose else q) @ x
 
 
-def apply_factors(factors: Factors, x: torch.Tensor, transpose: bool = False) -> torch.Tensor:
-    """``Q_L x Q_R^T``, or with ``transpose`` ``Q_L^T x Q_R``."""
+def precondition(factors: Factors, x: torch.Tensor, triangular: bool) -> torch.Tensor:
+    """
+    ``P x = Q_L^T Q_L x Q_R^T Q_R``.
+
+    :param triangular: Whether factors are upper triangular, where they are not diagonal.
+    """
     for side, q in enumerate(factors):
-        x = _times(q, x, side, transpose)
-    return x
-
-
-def precondition(factors: Factors, x: torch.Tensor) -> torch.Tensor:
-    """``P x = Q_L^T Q_L x Q_R^T Q_R``."""
-    for side, q in enumerate(factors):
-        if q is None:
-            continue
-        m, n = x.shape[-2:][:: -1 if side else 1]
-        if _is_diagonal(q):
-            x = _times(q * q, x, side, False)
-        elif m < n:
-            # Fewer operations: 2 m^3 + 2 m^2 n rather than 4 m^2 n.
-            x = _times(q.mT @ q, x, side, False)
-        else:
-            x = _times(q, _times(q, x, side, False), side, True)
+        x = _times(q, _times(q, x, side, False, triangular), side, True, triangular)
     return x
 
 
@@ -87,27 +78,28 @@ def _second_moment(x: torch.Tensor, side: int, diagonal: bool) -> torch.Tensor:
     """``x x^T`` on the left, ``x^T x`` on the right; or the diagonal of it."""
     if diagonal:
         return x.square().sum(-2 if side else -1)
-    return x.mT @ x if side else x @ x.mT
+    return symmetric_product(x.mT if side else x)
 
 
 def spectral_norm_bound(a: torch.Tensor) -> torch.Tensor:
     """
-    A lower bound of the spectral norm of symmetric matrices ``(k, m, m)``, often close to it: two
-    power steps from the longest column. Shape ``(k,)``.
+    A lower bound of the spectral norm of positive semidefinite matrices ``(k, m, m)``, often close
+    to it: two power steps from the longest column. Shape ``(k,)``.
     """
-    top = a.abs().amax((-2, -1), keepdim=True)
-    a = a / torch.where(top > 0, top, 1.0)
-    longest = a.square().sum(-2).argmax(-1)
-    x = a.gather(-1, longest[:, None, None].expand(-1, a.shape[-2], 1))
-    x = a @ x
+    top = a.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+    # A column whose square overflows is as good as the longest.
+    longest = torch.linalg.vector_norm(a, dim=-1).argmax(-1)
+    scale = torch.where(top > 0, top, 1.0)
+    x = a.gather(-1, longest[:, None, None].expand(-1, a.shape[-2], 1)) / scale
+    x = a @ (x / scale)
     length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = a @ (x / torch.where(length > 0, length, 1.0))
-    return torch.linalg.vector_norm(x, dim=(-2, -1)) * top.squeeze(-1).squeeze(-1)
+    x = a @ (x / torch.where(length > 0, length, 1.0) / scale)
+    return torch.linalg.vector_norm(x, dim=(-2, -1)) * top[:, 0, 0]
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
     """The largest absolute value of each tensor of a stack, ``(k,)``."""
-    return x.abs().flatten(1).amax(1)
+    return torch.linalg.vector_norm(x.flatten(1), ord=torch.inf, dim=1)
 
 
 def _like(scalars: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -134,8 +126,9 @@ def fit_by_division(
     :returns: The new factors. A matrix without any gradient keeps its own, which would grow without
         bound, and so does one whose new factors are not finite.
     """
-    a, b = apply_factors(factors, grad), _divide(factors, probe)
-    alive = _largest(grad) > 0
+    a, b = grad, _divide(factors, probe)
+    for side, q in enumerate(factors):
+        a = _times(q, a, side, False, triangular=True)
     new: List[Optional[torch.Tensor]] = []
     for side, q in enumerate(factors):
         if q is None:
@@ -143,12 +136,16 @@ def fit_by_division(
             continue
         diagonal = _is_diagonal(q)
         first, second = (_second_moment(x, side, diagonal) for x in (a, b))
-        total, step = first + second, first - second
+        total = second.add_(first)
+        difference = first.mul_(2).sub_(total)
         bound = _largest(total) if diagonal else spectral_norm_bound(total)
-        step = step * q if diagonal else step.triu() @ q
-        rate = lr / bound.clamp(min=torch.finfo(bound.dtype).tiny)
-        new.append(q - _like(rate, q) * step)
-    return _kept_unless(alive, new, factors)
+        rate = _like(lr / bound.clamp(min=torch.finfo(bound.dtype).tiny), q)
+        step = difference.mul_(rate)
+        if diagonal:
+            new.append(torch.addcmul(q, step, q, value=-1.0))
+        else:
+            new.append(upper_times_upper(step.triu_(), q, added=q, alpha=-1.0))
+    return _kept_unless(_largest(grad) > 0, new, factors)
 
 
 @full_precision()
@@ -176,7 +173,7 @@ def fit_by_products(
 
     :returns: The new factors and the new ``L``; the old ones as :func:`fit_by_division`.
     """
-    h = precondition(factors, grad)
+    h = precondition(factors, grad, triangular=False)
     alive = _largest(grad) > 0
     new: List[Optional[torch.Tensor]] = []
     new_lipschitz: List[Optional[torch.Tensor]] = []
@@ -195,7 +192,7 @@ def fit_by_products(
         if diagonal:
             new.append(q - rate * (moment * q - target * q))
         else:
-            new.append(_towards_symmetric(q - rate * (moment @ q - target * q)))
+            new.append(_towards_symmetric(q * (1 + rate * target) - rate * (moment @ q)))
         new_lipschitz.append(bound)
     return _kept_unless(alive, new, factors), _kept_unless(alive, new_lipschitz, lipschitz)
 
@@ -207,8 +204,8 @@ def _towards_symmetric(q: torch.Tensor) -> torch.Tensor:
     search on the trace, at most :data:`PROCRUSTES_STEP`.
     """
     generator = q.mT - q
-    # R is skew: its square is symmetric with the square of its norm.
-    norm = spectral_norm_bound(generator.mT @ generator).sqrt()
+    # R is skew: R^T R is positive semidefinite, with the square of its norm.
+    norm = spectral_norm_bound(symmetric_product(generator.mT)).sqrt()
     generator = generator / _like(norm.clamp(min=torch.finfo(q.dtype).tiny), q)
     once = generator @ q
     twice = generator @ once
@@ -224,9 +221,9 @@ def _kept_unless(
 ) -> List[Optional[torch.Tensor]]:
     for q in new:
         if q is not None:
-            alive = alive & q.isfinite().flatten(1).all(1)
+            alive = alive & q.flatten(1).sum(1).isfinite()
     return [
-        None if q is None else torch.where(_like(alive, q), q, before)
+        None if q is None or before is None else torch.where(_like(alive, q), q, before, out=q)
         for q, before in zip(new, old)
     ]
 

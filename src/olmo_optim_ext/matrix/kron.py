@@ -116,14 +116,19 @@ def damped(x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
     return x + scale * x.abs().mean((-2, -1), keepdim=True) * probe
 
 
-def clipped(x: torch.Tensor, region: str) -> torch.Tensor:
-    """Matrices ``(k, m, n)`` in their :class:`TrustRegion`."""
+def clipped(x: torch.Tensor, factor: torch.Tensor, region: str) -> torch.Tensor:
+    """
+    ``factor x`` of matrices ``(k, m, n)``, in their :class:`TrustRegion`.
+
+    :param factor: Shape ``(k, 1, 1)``.
+    """
     if region == TrustRegion.none:
-        return x
-    rms = x.square().mean((-2, -1), keepdim=True).sqrt()
+        return x * factor
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    rms = norm * factor / math.sqrt(x.shape[-2] * x.shape[-1])
     largest = 1.1 if region == TrustRegion.rms else 2.0
-    x = x * (largest / (rms + 1e-12)).clamp(max=1.0)
-    return x.clamp(-10.0, 10.0) if region == TrustRegion.amplitude else x
+    x = x * (factor * (largest / (rms + 1e-12)).clamp(max=1.0))
+    return x.clamp_(-10.0, 10.0) if region == TrustRegion.amplitude else x
 
 
 class KronOptions(AdamWOptions, total=False):
@@ -254,18 +259,18 @@ class Kron(MatrixAndAdamW):
         self, group: Mapping[str, Any], owned: Owned
     ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         grad, beta = owned.x, group["momentum"]
-        momentum = owned.factors[MOMENTUM] * beta + grad * (1 - beta)
-        direction = momentum / bias_correction(beta, owned.step)[:, None, None]
-        new = {MOMENTUM: momentum}
+        momentum = torch.lerp(owned.factors[MOMENTUM], grad, 1 - beta)
+        debias = 1 / bias_correction(beta, owned.step)[:, None, None]
+        new, direction = {MOMENTUM: momentum}, momentum
         factors = [owned.factors.get(name) for name in FACTORS]
         if self._schedule(group).is_due(owned.call):
             if self._balances(group, owned.call):
                 factors = balanced(factors)
-            fitted_to = direction if group["momentum_into_precond_update"] else grad
+            into = group["momentum_into_precond_update"]
             probe = self._probe(owned)
-            noisy = damped(fitted_to, probe)
-            if group["author_noise"] and group["momentum_into_precond_update"]:
-                direction = noisy
+            noisy = damped(momentum * debias if into else grad, probe)
+            if group["author_noise"] and into:
+                direction, debias = noisy, torch.ones_like(debias)
             if group["update"] == KronFit.pro:
                 bounds = [owned.factors.get(name) for name in LIPSCHITZ]
                 factors, bounds = fit_by_products(factors, bounds, noisy, group["precond_lr"])
@@ -273,7 +278,8 @@ class Kron(MatrixAndAdamW):
             else:
                 factors = fit_by_division(factors, noisy, probe, group["precond_lr"])
             new.update({name: q for name, q in zip(FACTORS, factors) if q is not None})
-        return clipped(precondition(factors, direction), group["trust_region"]), new
+        update = precondition(factors, direction, triangular=group["update"] == KronFit.lie)
+        return clipped(update, debias, group["trust_region"]), new
 
     def _schedule(self, group: Mapping[str, Any]) -> UpdateSchedule:
         names = ("max", "min", "decay", "flat_start")

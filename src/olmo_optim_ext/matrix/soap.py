@@ -31,7 +31,10 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 """Its multiples fill [0, 1) evenly, also when only every so-manieth is taken."""
 
 Bases = Sequence[Optional[torch.Tensor]]
-"""Of the left ``(k, out, out)`` and of the right side ``(k, in, in)``; ``None`` is the identity."""
+"""
+``Q_L`` ``(k, out, out)`` and ``Q_R`` ``(k, in, in)``, with an eigenvector in each row; ``None`` is
+the identity.
+"""
 
 
 class Phase(StrEnum):
@@ -48,17 +51,17 @@ class Phase(StrEnum):
 
 
 def rotate(x: torch.Tensor, bases: Bases) -> torch.Tensor:
-    """Into the basis: ``Q_L^T x Q_R``, of matrices ``(k, out, in)``."""
-    left, right = bases
-    x = x if left is None else left.mT @ x
-    return x if right is None else x @ right
-
-
-def rotate_back(x: torch.Tensor, bases: Bases) -> torch.Tensor:
-    """Out of the basis: ``Q_L x Q_R^T``."""
+    """Into the basis: ``Q_L x Q_R^T``, of matrices ``(k, out, in)``."""
     left, right = bases
     x = x if left is None else left @ x
     return x if right is None else x @ right.mT
+
+
+def rotate_back(x: torch.Tensor, bases: Bases) -> torch.Tensor:
+    """Out of the basis: ``Q_L^T x Q_R``."""
+    left, right = bases
+    x = x if left is None else left.mT @ x
+    return x if right is None else x @ right
 
 
 def adam_in_basis(
@@ -74,9 +77,9 @@ def adam_in_basis(
     :returns: ``m / (sqrt(v) + eps)`` and the new ``m`` and ``v``.
     """
     beta1, beta2 = betas
-    exp_avg = exp_avg * beta1 + grad * (1 - beta1)
-    exp_avg_sq = exp_avg_sq * beta2 + grad.square() * (1 - beta2)
-    return exp_avg / (exp_avg_sq.sqrt() + eps), exp_avg, exp_avg_sq
+    exp_avg = torch.lerp(exp_avg, grad, 1 - beta1)
+    exp_avg_sq = torch.addcmul(exp_avg_sq * beta2, grad, grad, value=1 - beta2)
+    return exp_avg / exp_avg_sq.sqrt().add_(eps), exp_avg, exp_avg_sq
 
 
 class SoapOptions(AdamWOptions, total=False):
@@ -98,13 +101,13 @@ class SoapOptions(AdamWOptions, total=False):
 
 class Soap(MatrixAndAdamW):
     """
-    With ``g' = Q_L^T g Q_R`` and Adam's moments ``m`` and ``v`` of ``g'``, in the basis::
+    With ``g' = Q_L g Q_R^T`` and Adam's moments ``m`` and ``v`` of ``g'``, in the basis::
 
-        W <- (1 - lr wd) (W - lr_t Q_L (m / (sqrt(v) + eps)) Q_R^T)
+        W <- (1 - lr wd) (W - lr_t Q_L^T (m / (sqrt(v) + eps)) Q_R)
         L <- b L + (1 - b) g g^T,  R <- b R + (1 - b) g^T g
 
     where ``lr_t = lr sqrt(1 - b2^t) / (1 - b1^t)``. The first step of a matrix only finds ``Q_L``
-    and ``Q_R``, the eigenvectors of ``L`` and ``R``; later, every ``precondition_frequency``
+    and ``Q_R``, in rows the eigenvectors of ``L`` and ``R``; later, every ``precondition_frequency``
     updates, they follow by :func:`~olmo_optim_ext.linalg.eigenbasis.power_step`, ``m`` is rotated
     into the new basis, and the axes of ``v`` are permuted as the eigenvectors are.
 

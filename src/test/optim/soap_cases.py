@@ -29,12 +29,12 @@ SOAP: Dict[str, Any] = dict(
 def first_basis(grad: torch.Tensor, side: int, beta: float) -> torch.Tensor:
     """
     Of a first gradient. Of the Gram matrix of a longer side the null space has any basis: a package
-    needs to be given this one.
+    needs to be given this one, in columns.
     """
     n = grad.shape[side]
     x = grad.mT if side else grad
     (basis,), _ = eigenbasis(gram_average(torch.zeros(1, n, n), x[None], beta))
-    return basis
+    return basis.mT
 
 
 def package_soap(
