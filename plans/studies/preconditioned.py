@@ -105,21 +105,18 @@ def train_against_adamw(steps: int) -> None:
     """
     tokens, seeds, every = text(), range(3), max(1, steps // 60)
 
-    def curves(config: ExtOptimConfig) -> List[List[float]]:
-        out = []
-        for seed in seeds:
-            model, losses = new_model(seed), []
+    def curve(config: ExtOptimConfig, seed: int) -> List[float]:
+        model, losses = new_model(seed), []
 
-            def evaluate(step: int, optim: Any) -> None:
-                if (step + 1) % every == 0:
-                    losses.append(held_out_loss(model, tokens))
+        def evaluate(step: int, optim: Any) -> None:
+            if (step + 1) % every == 0:
+                losses.append(held_out_loss(model, tokens))
 
-            train(model, config, steps, seed, evaluate)
-            out.append(losses)
-        return out
+        train(model, config, steps, seed, evaluate)
+        return losses
 
     def best(rates: List[float], make: Callable[[float], ExtOptimConfig]) -> Tuple[float, Any]:
-        found = {lr: curves(make(lr)) for lr in rates}
+        found = {lr: [curve(make(lr), seed) for seed in seeds] for lr in rates}
         for lr, by_seed in found.items():
             finals = [losses[-1] for losses in by_seed]
             name = type(make(lr)).__name__.removesuffix("Config")

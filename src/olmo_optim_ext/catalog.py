@@ -93,6 +93,11 @@ _WHOLE_MATRICES = (
     "matrix bytes"
 )
 
+_ALL_ON_OWNERS = (
+    "all state, also what is counted per parameter, is on the owner with sharded rows, else on "
+    "each rank"
+)
+
 _NOISE: Mapping[str, Any] = dict(
     family="matrix",
     paper="project-muon-nolah (code, no paper)",
@@ -256,8 +261,8 @@ _ROWS = (
         summary="Adam in the eigenbasis of Shampoo's preconditioner",
         paper="arXiv:2409.11321",
         state_bytes_per_param=8,
-        factors="8 (out^2 + in^2) bytes and 8 more, without a side that has no preconditioner; all "
-        "state, also what is counted per parameter, on the owner with sharded rows, else on each rank",
+        factors="8 (out^2 + in^2) bytes and 8 more, without a side that has no preconditioner; "
+        + _ALL_ON_OWNERS,
         exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
         presets=(
             Preset(
@@ -283,8 +288,7 @@ _ROWS = (
         summary="Momentum, whitened by a preconditioner with Kronecker factors (PSGD)",
         paper="arXiv:1512.04202; kron_torch (code)",
         state_bytes_per_param=4,
-        factors="4 (out^2 + in^2) bytes, 4 n of a side whose factor is diagonal; all state, also what "
-        "is counted per parameter, on the owner with sharded rows, else on each rank",
+        factors="4 (out^2 + in^2) bytes, of a side whose factor is diagonal 4 n; " + _ALL_ON_OWNERS,
         exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
     ),
     OptimizerInfo(

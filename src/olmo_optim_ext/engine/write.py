@@ -2,7 +2,7 @@
 Writing new weights and new state: decay, the gate, and rounding.
 """
 
-from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -87,7 +87,7 @@ def write_weights(
     param: torch.Tensor,
     old: torch.Tensor,
     step: torch.Tensor,
-    decay: torch.Tensor,
+    decay: Union[float, torch.Tensor],
     proceed: Optional[torch.Tensor],
     cautious_decay: bool,
 ) -> None:

@@ -216,9 +216,7 @@ def _towards_symmetric(q: torch.Tensor) -> torch.Tensor:
     return q + length * (once + 0.5 * length * twice)
 
 
-def _kept_unless(
-    alive: torch.Tensor, new: Factors, old: Factors
-) -> List[Optional[torch.Tensor]]:
+def _kept_unless(alive: torch.Tensor, new: Factors, old: Factors) -> List[Optional[torch.Tensor]]:
     for q in new:
         if q is not None:
             alive = alive & q.flatten(1).sum(1).isfinite()
@@ -234,6 +232,4 @@ def balanced(factors: Factors) -> List[Optional[torch.Tensor]]:
     if len(sizes) < 2:
         return list(factors)
     mean = (sizes[0].log() / 2 + sizes[1].log() / 2).exp()
-    return [
-        None if q is None else q * _like(mean / size, q) for q, size in zip(factors, sizes)
-    ]
+    return [None if q is None else q * _like(mean / size, q) for q, size in zip(factors, sizes)]

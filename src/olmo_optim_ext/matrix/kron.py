@@ -5,7 +5,7 @@ arXiv:2211.04422; the rule is that of the package kron_torch).
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -338,9 +338,7 @@ def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[int, bool]:
     return diagonal
 
 
-def kron_flops(
-    n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str, Any]
-) -> float:
+def kron_flops(n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str, Any]) -> float:
     """Floating point operations of the products of a step in the long run."""
     applied = fitted = 0.0
     for side, diagonal in at.items():
@@ -377,8 +375,8 @@ class KronConfig(PreconditionedConfig[Kron]):
 
     weight_decay: float = 0.0
     """
-    Decoupled: a step multiplies matrices by ``1 - lr * weight_decay``. >= 0. As in kron_torch, whose
-    authors advise 3 to 10 times what suits Adam.
+    Decoupled: a step multiplies matrices by ``1 - lr * weight_decay``. >= 0. As in kron_torch,
+    whose authors advise 3 to 10 times what suits Adam.
     """
 
     update: KronFit = KronFit.lie

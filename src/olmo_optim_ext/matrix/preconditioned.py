@@ -10,7 +10,6 @@ import torch.nn as nn
 
 from ..engine.hyperparameters import check_hyperparameters
 from ..engine.layout import MatrixLayout
-from ..engine.matrix_base import ALGORITHM
 from ..engine.roles import ParamRole, Role
 from .base import AdamWForOthers, MatrixAndAdamWConfig
 

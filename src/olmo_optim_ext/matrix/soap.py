@@ -5,7 +5,7 @@ SOAP: Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., arXiv:240
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -107,9 +107,10 @@ class Soap(MatrixAndAdamW):
         L <- b L + (1 - b) g g^T,  R <- b R + (1 - b) g^T g
 
     where ``lr_t = lr sqrt(1 - b2^t) / (1 - b1^t)``. The first step of a matrix only finds ``Q_L``
-    and ``Q_R``, in rows the eigenvectors of ``L`` and ``R``; later, every ``precondition_frequency``
-    updates, they follow by :func:`~olmo_optim_ext.linalg.eigenbasis.power_step`, ``m`` is rotated
-    into the new basis, and the axes of ``v`` are permuted as the eigenvectors are.
+    and ``Q_R``, in rows the eigenvectors of ``L`` and ``R``; later, every
+    ``precondition_frequency`` updates, they follow by
+    :func:`~olmo_optim_ext.linalg.eigenbasis.power_step`, ``m`` is rotated into the new basis, and
+    the axes of ``v`` are permuted as the eigenvectors are.
 
     All state of a matrix belongs to the rank that owns it. For the arguments see
     :class:`SoapConfig`.
@@ -123,7 +124,7 @@ class Soap(MatrixAndAdamW):
     algorithm = "soap"
     matrix_buffers = ()
     host_factors = (UPDATES,)
-    nullable: FrozenSet[str] = frozenset({"shampoo_beta"})
+    nullable = frozenset({"shampoo_beta"})
 
     def __init__(
         self,
@@ -236,7 +237,9 @@ class Soap(MatrixAndAdamW):
             exp_avg = rotate(exp_avg, bases)
         return update, {**new, EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq}
 
-    def phase(self, group: Mapping[str, Any], name: str, on_host: Mapping[str, np.ndarray]) -> Phase:
+    def phase(
+        self, group: Mapping[str, Any], name: str, on_host: Mapping[str, np.ndarray]
+    ) -> Phase:
         updates, frequency = int(on_host[UPDATES][0]), group["precondition_frequency"]
         if updates == 0:
             return Phase.first
@@ -276,7 +279,7 @@ class Soap(MatrixAndAdamW):
 
 
 def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> List[int]:
-    """Which sides of an ``(out, in)`` matrix have a preconditioner: 0 for the left, 1 for the right."""
+    """Which sides of an ``(out, in)`` matrix have a preconditioner, 0 for the left, 1 the right."""
     shape = (n_out, n_in)
     found = [side for side in (0, 1) if 1 < shape[side] <= group["max_precond_dim"]]
     if group["one_sided"] and len(found) == 2:

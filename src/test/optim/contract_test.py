@@ -23,13 +23,14 @@ from olmo_core.optim import OptimGroupOverride
 from torch._dynamo.utils import counters
 
 from olmo_optim_ext import get_config_class, list_optimizers, optimizer_info
+from olmo_optim_ext.engine.exchange import assign_owners
 
 from ..ranks import run_on_ranks
 from .case import STEPS, MixedShapes, grads_at, relative_error, train, weights
 from .cases import CASES
 from .models import LargeShapes
 from .toys import ListState, TimesZero
-from .variants import MUON_LIKE, ONE_OF_A_LOOP, ONE_OF_EACH, VARIANTS
+from .variants import MUON_LIKE, ONE_OF_A_LOOP, ONE_OF_EACH, PRECONDITIONED, VARIANTS
 
 NAMES = list_optimizers()
 
@@ -538,8 +539,11 @@ def test_state_bytes_are_as_declared(name):
 
 
 @pytest.fixture(scope="module")
-def counts(mesh_results) -> Dict[str, Dict[str, List[Tuple[float, List[str]]]]]:
-    """By name and mesh, for each rank the bytes that it sends and the matrices that it computes."""
+def counts(mesh_results) -> Dict[str, Dict[str, List[Tuple[float, List[str], int]]]]:
+    """
+    By name and mesh, for each rank the bytes that it sends, the matrices that it computes, and the
+    bytes of their factors.
+    """
     return json.loads((mesh_results / "counts.json").read_text())
 
 
@@ -549,11 +553,11 @@ MATRICES = [param for param in LargeShapes().parameters() if param.ndim == 2]
 @pytest.mark.parametrize("name", MUON_LIKE)
 def test_each_matrix_is_computed_once_and_little_is_sent(name, counts):
     ranks = counts[name]["fsdp4"]
-    computed = [name for _, names in ranks for name in names]
+    computed = [name for _, names, _ in ranks for name in names]
     assert len(computed) == len(set(computed)) == len(MATRICES)
     share = sum(param.nbytes for param in MATRICES) / len(ranks)
     allowed = 1.05 * max(2 * share, max(param.nbytes for param in MATRICES))
-    assert all(0 < sent <= allowed + reduced(name) for sent, _ in ranks)
+    assert all(0 < sent <= allowed + reduced(name) for sent, _, _ in ranks)
 
 
 def reduced(name: str) -> int:
@@ -562,7 +566,7 @@ def reduced(name: str) -> int:
 
 
 def total(counts, name: str, label: str) -> float:
-    return sum(sent for sent, _ in counts[name][label])
+    return sum(sent for sent, _, _ in counts[name][label])
 
 
 @pytest.mark.parametrize("label", ["fsdp4", "hsdp2x2"])
@@ -570,6 +574,41 @@ def total(counts, name: str, label: str) -> float:
 def test_variants_of_muon_send_what_muon_sends(name, label, counts):
     muon = total(counts, "ext_muon", label)
     assert muon <= total(counts, name, label) <= muon + 4 * reduced(name)
+
+
+@pytest.mark.parametrize("label,n_owners", [("fsdp4", 4), ("hsdp2x2", 2)])
+@pytest.mark.parametrize("name", PRECONDITIONED)
+def test_factors_are_divided_among_owners(name, label, n_owners, counts):
+    """A rank has its share and one matrix's more at the most; all have each once, and replicas."""
+    matrices = {
+        key: CASES[name].factor_bytes(*p.shape) + 4 * p.numel() * MOMENTS[name]
+        for key, p in LargeShapes().named_parameters()
+        if p.ndim == 2
+    }
+    total, largest = sum(matrices.values()), max(matrices.values())
+    held = [n_bytes for _, _, n_bytes in counts[name][label]]
+    assert max(held) <= total / n_owners + largest
+    assert sum(held) == total * 4 / n_owners
+    for _, computed, n_bytes in counts[name][label]:
+        assert n_bytes == sum(matrices[key] for key in computed)
+
+
+MOMENTS = {"soap": 2, "kron": 1}
+"""Numbers of the state of an element, which are on the owner too."""
+
+
+@pytest.mark.parametrize("n_owners", [2, 4, 8, 16])
+@pytest.mark.parametrize("name", [name for name in MUON_LIKE if name not in ("scion",)])
+def test_owners_have_like_work_where_shapes_allow(name, n_owners):
+    """Of the matrices of 16 layers, of which no one is more than a few percent of a share."""
+    with torch.device("meta"):
+        model = LargeShapes(width=256, layers=16)
+    optim = CASES[name].config.build(model)
+    costs = [optim.cost(group, *shape) for group, shape in optim.all_matrices().values()]
+    load = [0.0] * n_owners
+    for cost, owner in zip(costs, assign_owners(costs, n_owners)):
+        load[owner] += cost
+    assert max(load) <= 1.1 * sum(costs) / n_owners
 
 
 @pytest.mark.parametrize("label", ["fsdp4", "hsdp2x2", "ddp4"])

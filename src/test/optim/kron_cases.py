@@ -2,7 +2,7 @@
 The contract table: Kron.
 """
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 
@@ -97,7 +97,7 @@ def _schedule(n: int) -> torch.Tensor:
     return torch.exp(torch.tensor(-0.1 * (n - 5))).clamp(0.15, 1.0)
 
 
-ORACLES = [
+ORACLES: List[Tuple[Dict[str, Any], Dict[str, Any]]] = [
     ({}, {"leaks": False}),
     ({"author_noise": True}, {}),
     ({"author_noise": True, **SCHEDULE}, {"pre_conditioner_update_probability": _schedule}),

@@ -264,8 +264,17 @@ def note_computed(optim: Any) -> List[str]:
     return computed
 
 
+def factor_bytes(optim: Any) -> int:
+    """Bytes of the state of whole matrices that this rank has."""
+    return sum(
+        optim.state[param][name].nbytes
+        for param, plan in optim._plans.items()
+        for name in plan.factors.names
+    )
+
+
 def count(folder: Path) -> None:
-    """What each rank sends in a step, and which matrices it computes."""
+    """What each rank sends in a step, which matrices it computes, and how much of their state."""
     kind = LargeShapes
     found: Dict[str, Dict[str, List[Any]]] = {}
     for name, config in COUNTED.items():
@@ -280,7 +289,7 @@ def count(folder: Path) -> None:
             with counted() as sent:
                 train(model, optim, kind(0), at, 1, 2)
             parts: List[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (sent["bytes"], computed))
+            dist.all_gather_object(parts, (sent["bytes"], computed, factor_bytes(optim)))
             found.setdefault(name, {})[label] = parts
     if dist.get_rank() == 0:
         (folder / "counts.json").write_text(json.dumps(found))

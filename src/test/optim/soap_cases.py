@@ -31,8 +31,8 @@ def first_basis(grad: torch.Tensor, side: int, beta: float) -> torch.Tensor:
     Of a first gradient. Of the Gram matrix of a longer side the null space has any basis: a package
     needs to be given this one, in columns.
     """
-    n = grad.shape[side]
-    x = grad.mT if side else grad
+    grad = grad.view(len(grad), -1)
+    n, x = grad.shape[side], grad.mT if side else grad
     (basis,), _ = eigenbasis(gram_average(torch.zeros(1, n, n), x[None], beta))
     return basis.mT
 
@@ -118,12 +118,16 @@ CASES: Dict[str, Case] = {
     "soap": Case(
         config=SoapConfig(**SOAP),
         oracles=[
-            (SoapConfig(**SOAP), _package(), 1e-4),
-            (SoapConfig(**{**SOAP, "precondition_frequency": 10}), _package(precondition_frequency=10), 1e-4),
-            (SoapConfig(**SOAP, shampoo_beta=0.8), _package(0.8), 1e-4),
-            (SoapConfig(**SOAP, correct_bias=False), _package(correct_bias=False), 1e-4),
-            (SoapConfig(**SOAP, normalize_grads=True), _package(normalize_gradient=True), 1e-4),
-            (SoapConfig(**SOAP, max_precond_dim=8), _package(max_precondition_dim=8), 1e-4),
+            (SoapConfig(**SOAP), _package(), 5e-6),
+            (
+                SoapConfig(**{**SOAP, "precondition_frequency": 10}),
+                _package(precondition_frequency=10),
+                5e-6,
+            ),
+            (SoapConfig(**SOAP, shampoo_beta=0.8), _package(0.8), 5e-6),
+            (SoapConfig(**SOAP, correct_bias=False), _package(correct_bias=False), 5e-6),
+            (SoapConfig(**SOAP, normalize_grads=True), _package(normalize_gradient=True), 5e-6),
+            (SoapConfig(**SOAP, max_precond_dim=8), _package(max_precondition_dim=8), 5e-6),
         ],
         bad_fields=BAD_SOAP,
         bitwise=False,

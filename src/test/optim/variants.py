@@ -8,9 +8,16 @@ from typing import Any, Dict, List, NamedTuple
 from olmo_core.config import DType
 from olmo_core.optim import OptimGroupOverride
 
-from olmo_optim_ext import DionConfig, OrthonormalSide, get_config_class, list_optimizers
+from olmo_optim_ext import (
+    DionConfig,
+    KronFit,
+    OrthonormalSide,
+    get_config_class,
+    list_optimizers,
+)
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.matrix.orthogonal import PolarConfig
+from olmo_optim_ext.matrix.preconditioned import PreconditionedConfig
 
 from .case import MixedShapes
 from .cases import CASES
@@ -85,6 +92,23 @@ def _variants() -> List[Variant]:
         ),
         Variant("muon_isotropic_triggered", MixedShapes, triggered, False, everywhere=False),
     ]
+    # All that the role table knows, in blocks that shards cut, and refreshes that are spread.
+    soap, kron = CASES["soap"].config, CASES["kron"].config
+    everything: Dict[str, Any] = dict(
+        block_size=5,
+        precondition_1d=True,
+        precondition_embeddings=True,
+        precondition_lm_head=True,
+    )
+    out += [
+        Variant(
+            "soap_everything",
+            *(MixedShapes, replace(soap, stagger=True, **everything), False),
+            resumes=True,
+        ),
+        Variant("kron_everything", MixedShapes, replace(kron, **everything), False, resumes=True),
+        Variant("kron_pro", MixedShapes, replace(kron, update=KronFit.pro), False, resumes=True),
+    ]
     out += [
         Variant("whitening", MixedShapes, WhiteningConfig(), False, resumes=True),
         Variant("whitening_experts", ExpertShapes, WhiteningConfig(), False, resumes=True),
@@ -94,7 +118,14 @@ def _variants() -> List[Variant]:
 
 VARIANTS = _variants()
 
-MUON_LIKE = [name for name in list_optimizers() if isinstance(CASES[name].config, PolarConfig)]
+PRECONDITIONED = [
+    name for name in list_optimizers() if isinstance(CASES[name].config, PreconditionedConfig)
+]
+"""Names whose state is on owners."""
+
+MUON_LIKE = [
+    name for name in list_optimizers() if isinstance(CASES[name].config, PolarConfig)
+] + PRECONDITIONED
 """Names whose matrices travel to their owners and back."""
 
 BROKEN = [
