@@ -124,10 +124,10 @@ def train_against_adamw(steps: int) -> None:
         return min(found.items(), key=lambda item: np.mean([losses[-1] for losses in item[1]]))
 
     header("rule", "lr", "held-out loss, mean of 3 seeds", "standard deviation")
-    lr, baseline = best([0.002 * 2**i for i in range(6)], lambda lr: AdamWConfig(lr=lr))
+    lr, baseline = best([0.0005 * 2**i for i in range(6)], lambda lr: AdamWConfig(lr=lr))
     own = {
-        "soap": best([0.004 * 2**i for i in range(4)], lambda x: SoapConfig(lr=x, adamw_lr=lr)),
-        "kron": best([0.001 * 2**i for i in range(4)], lambda x: KronConfig(lr=x, adamw_lr=lr)),
+        "soap": best([0.001 * 2**i for i in range(5)], lambda x: SoapConfig(lr=x, adamw_lr=lr)),
+        "kron": best([0.0005 * 2**i for i in range(5)], lambda x: KronConfig(lr=x, adamw_lr=lr)),
     }
     print()
     header("rule", "lr", "share of AdamW's steps to its final loss, by seed", "mean")

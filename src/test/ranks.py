@@ -26,6 +26,6 @@ def run_on_ranks(world_size: int, script: Path, *args: object) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -135,12 +135,12 @@ def fit_by_division(
             new.append(None)
             continue
         diagonal = _is_diagonal(q)
-        first, second = (_second_moment(x, side, diagonal) for x in (a, b))
-        total = second.add_(first)
-        difference = first.mul_(2).sub_(total)
+        step, total = (_second_moment(x, side, diagonal) for x in (a, b))
+        total += step
+        step.mul_(2).sub_(total)
         bound = _largest(total) if diagonal else spectral_norm_bound(total)
-        rate = _like(lr / bound.clamp(min=torch.finfo(bound.dtype).tiny), q)
-        step = difference.mul_(rate)
+        del total
+        step *= _like(lr / bound.clamp(min=torch.finfo(bound.dtype).tiny), q)
         if diagonal:
             new.append(torch.addcmul(q, step, q, value=-1.0))
         else:
@@ -192,7 +192,9 @@ def fit_by_products(
         if diagonal:
             new.append(q - rate * (moment * q - target * q))
         else:
-            new.append(_towards_symmetric(q * (1 + rate * target) - rate * (moment @ q)))
+            moved = q * (1 + rate * target) - rate * (moment @ q)
+            del moment
+            new.append(_towards_symmetric(moved))
         new_lipschitz.append(bound)
     return _kept_unless(alive, new, factors), _kept_unless(alive, new_lipschitz, lipschitz)
 
@@ -206,14 +208,14 @@ def _towards_symmetric(q: torch.Tensor) -> torch.Tensor:
     generator = q.mT - q
     # R is skew: R^T R is positive semidefinite, with the square of its norm.
     norm = spectral_norm_bound(symmetric_product(generator.mT)).sqrt()
-    generator = generator / _like(norm.clamp(min=torch.finfo(q.dtype).tiny), q)
+    generator /= _like(norm.clamp(min=torch.finfo(q.dtype).tiny), q)
     once = generator @ q
     twice = generator @ once
     slope, curvature = (x.diagonal(dim1=-2, dim2=-1).sum(-1) for x in (once, twice))
     best = -slope / torch.where(curvature < 0, curvature, -1.0)
     length = torch.where(curvature < 0, best.clamp(max=PROCRUSTES_STEP), PROCRUSTES_STEP)
     length = _like(length, q)
-    return q + length * (once + 0.5 * length * twice)
+    return twice.mul_(0.5 * length).add_(once).mul_(length).add_(q)
 
 
 def _kept_unless(alive: torch.Tensor, new: Factors, old: Factors) -> List[Optional[torch.Tensor]]:

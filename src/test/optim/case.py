@@ -67,6 +67,10 @@ def weights(model: nn.Module) -> Dict[str, torch.Tensor]:
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
+def equal(a: Dict[str, torch.Tensor], b: Dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def relative_error(
     got: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],

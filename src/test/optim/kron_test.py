@@ -17,14 +17,6 @@ from .case import MATRICES, MixedShapes, grads_at, relative_error, train, weight
 from .kron_cases import KRON, PRO, SCHEDULE, package_kron
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_schedule_is_the_counter_of_the_package_and_a_function_of_the_call_alone():
     settings = (1.0, 0.03, 0.01, 50)
     waited, expected = 0, []

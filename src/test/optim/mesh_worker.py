@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from olmo_optim_ext import Muon, MuonConfig
+from olmo_optim_ext import MuonConfig
 from olmo_optim_ext.engine.exchange import BroadcastExchange
 from olmo_optim_ext.engine.matrix import MatrixOptimizer
 from olmo_optim_ext.engine.matrix_base import MatrixBase
@@ -38,7 +38,14 @@ from .case import STEPS, grads_at, set_lr
 from .case import train as train_alone
 from .memory import peak_bytes, transfers_held_by_their_work
 from .models import ExpertShapes, LargeShapes
-from .variants import BROKEN, COUNTED, ONE_OF_EACH, VARIANTS, Variant
+from .variants import (
+    BROKEN,
+    COUNTED,
+    ONE_OF_EACH,
+    VARIANTS,
+    WITH_WORK_SPACE,
+    Variant,
+)
 
 Sharding = Callable[[Any], Any]
 
@@ -296,24 +303,29 @@ def count(folder: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    """What a step of Muon allocates, with several buckets."""
-    largest = max(param.numel() * 4 for param in LargeShapes(width=128).parameters())
+    """What a step allocates, with several buckets."""
+    like: Any = LargeShapes(width=128)
+    largest = max(param.nbytes for param in like.parameters())
 
-    class SmallBuckets(Muon):
-        bucket_bytes = 2 * largest
-
-    class SmallBucketsConfig(MuonConfig):
-        @classmethod
-        def optimizer(cls):
-            return SmallBuckets
-
-    def build(label: str) -> Any:
+    def build(label: str, config: Any = None) -> Any:
         model = meshes(LargeShapes)[label](LargeShapes(width=128))
-        optim = SmallBucketsConfig().build(model)
+        optim = (config or MuonConfig()).build(model)
+        optim.bucket_bytes = 2 * largest
         for param in model.parameters():
             param.grad = torch.ones_like(param)
         optim.step()
         return optim
+
+    peaks: Dict[str, Tuple[int, int]] = {}
+    for name, config in WITH_WORK_SPACE.items():
+        optim, shape = build("fsdp4", config), like.layers[0]["up"].weight.shape
+        alone = torch.nn.Linear(shape[1], shape[0], bias=False)
+        alone.weight.grad = torch.ones_like(alone.weight)
+        alone_optim = config.build(alone)
+        alone_optim.step()
+        work_space = peak_bytes(alone_optim.step)
+        with transfers_held_by_their_work(largest):
+            peaks[name] = (peak_bytes(optim.step), work_space)
 
     optim = build("fsdp4")
     with transfers_held_by_their_work(largest):
@@ -326,7 +338,7 @@ def measure(folder: Path) -> None:
     start = BroadcastExchange.start
 
     def noting(self: BroadcastExchange, bucket: Any, buffer: torch.Tensor) -> Any:
-        assert buffer.nbytes <= SmallBuckets.bucket_bytes
+        assert buffer.nbytes <= 2 * largest
         buffers.append(weakref.ref(buffer))
         alive.append(sum(buffer() is not None for buffer in buffers))
         return start(self, bucket, buffer)
@@ -338,8 +350,8 @@ def measure(folder: Path) -> None:
     BroadcastExchange.start = start  # type: ignore[method-assign]
 
     parts: List[Any] = [None] * dist.get_world_size()
-    buckets = (SmallBuckets.bucket_bytes, len(exchange.buckets), len(alive))
-    dist.all_gather_object(parts, (peak, largest, *buckets, max(alive)))
+    buckets = (optim.bucket_bytes, len(exchange.buckets), len(alive))
+    dist.all_gather_object(parts, (peak, largest, *buckets, max(alive), peaks))
     if dist.get_rank() == 0:
         (folder / "memory.json").write_text(json.dumps(parts))
 

@@ -19,14 +19,6 @@ from .case import MATRICES, MixedShapes, grads_at, relative_error, train, weight
 from .soap_cases import SOAP, package_soap
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Shapes(nn.Module):
     """A square, a stack of three matrices and a vector."""
 

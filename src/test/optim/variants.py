@@ -10,8 +10,10 @@ from olmo_core.optim import OptimGroupOverride
 
 from olmo_optim_ext import (
     DionConfig,
+    KronConfig,
     KronFit,
     OrthonormalSide,
+    SoapConfig,
     get_config_class,
     list_optimizers,
 )
@@ -103,11 +105,11 @@ def _variants() -> List[Variant]:
     out += [
         Variant(
             "soap_everything",
-            *(MixedShapes, replace(soap, stagger=True, **everything), False),
+            *(MixedShapes, soap.replace(stagger=True, **everything), False),
             resumes=True,
         ),
-        Variant("kron_everything", MixedShapes, replace(kron, **everything), False, resumes=True),
-        Variant("kron_pro", MixedShapes, replace(kron, update=KronFit.pro), False, resumes=True),
+        Variant("kron_everything", MixedShapes, kron.replace(**everything), False, resumes=True),
+        Variant("kron_pro", MixedShapes, kron.replace(update=KronFit.pro), False, resumes=True),
     ]
     out += [
         Variant("whitening", MixedShapes, WhiteningConfig(), False, resumes=True),
@@ -139,3 +141,10 @@ COUNTED: Dict[str, ExtOptimConfig] = {
     "ext_dion_inputs": DionConfig(rank_fraction=0.25, orthonormal_side=OrthonormalSide.inputs),
 }
 """Of which the bytes that a rank sends are counted."""
+
+WITH_WORK_SPACE: Dict[str, ExtOptimConfig] = {
+    "soap": SoapConfig(precondition_frequency=1),
+    "kron": KronConfig(),
+    "kron_pro": KronConfig(update=KronFit.pro),
+}
+"""Of which the memory of a step that updates all factors is measured."""
