@@ -70,8 +70,8 @@ class Owned(NamedTuple):
     numbers: Optional[torch.Tensor]
     """What :meth:`MatrixOptimizer.measure` returned for them, ``(k, s)``."""
 
-    on_host: Sequence[Dict[str, np.ndarray]]
-    """For each the :data:`MatrixOptimizer.host_factors`, as they were before this step."""
+    phase: Any
+    """What :meth:`MatrixOptimizer.phase` says of all of them."""
 
 
 class MatrixOptimizer(MatrixBase):
@@ -80,7 +80,7 @@ class MatrixOptimizer(MatrixBase):
     """
 
     host_factors: ClassVar[Tuple[str, ...]] = ()
-    """Factors by which the rule decides on the host what to compute: see :data:`Owned.on_host`."""
+    """Factors by which the rule decides on the host what to compute: see :meth:`phase`."""
 
     def __init__(self, params: Any, defaults: Dict[str, Any], **options: Unpack[MatrixOptions]):
         self._exchanges: Dict[Any, RowExchange] = {}
@@ -149,15 +149,21 @@ class MatrixOptimizer(MatrixBase):
         del device
         return dtype
 
-    def phase(self, group: Mapping[str, Any], name: str, on_host: Mapping[str, np.ndarray]) -> Any:
+    def phase(
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        shape: Tuple[int, int],
+        on_host: Mapping[str, np.ndarray],
+    ) -> Any:
         """
-        What a rule does with a matrix in this step, where it decides so on the host
-        (:data:`host_factors`): matrices are computed at once only with those in the same phase.
+        What a rule does with an ``(out, in)`` matrix in this step, where it decides so on the host:
+        matrices are computed at once only with those in the same phase.
 
         :param name: Of the matrix.
-        :param on_host: As :data:`Owned.on_host`.
+        :param on_host: Its :data:`host_factors`, as they were before this step.
         """
-        del group, name, on_host
+        del group, name, shape, on_host
 
     def report(
         self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
@@ -419,20 +425,19 @@ class MatrixOptimizer(MatrixBase):
             key: Any = number
             if job.member.grad.device.type != "cpu":
                 block = job.plan.blocks[k][1]
-                alike = (id(job.group), job.plan.shape(block), self._phase(job, k))
+                alike = (id(job.group), job.plan.shape(block), self._phase_of(job, k))
                 n_bytes = block.numel * job.work.clock.itemsize
                 key = (alike, seen[alike] // max(1, self.bucket_bytes // n_bytes))
                 seen[alike] += 1
             stacks.setdefault(key, []).append((job, k))
         return list(stacks.values())
 
-    def _phase(self, job: Job, k: int) -> Any:
-        name = self.matrix_name(job.member.param, job.plan, job.plan.blocks[k][0])
-        return self.phase(job.group, name, self._on_host(job, k))
-
-    def _on_host(self, job: Job, k: int) -> Dict[str, np.ndarray]:
-        mirrors = self._mirrors.get((job.member.param, job.plan.blocks[k][0]), {})
-        return {name: mirror.read() for name, mirror in mirrors.items()}
+    def _phase_of(self, job: Job, k: int) -> Any:
+        index, block = job.plan.blocks[k]
+        name = self.matrix_name(job.member.param, job.plan, index)
+        mirrors = self._mirrors.get((job.member.param, index), {})
+        on_host = {key: mirror.read() for key, mirror in mirrors.items()}
+        return self.phase(job.group, name, job.plan.shape(block), on_host)
 
     def _on_owner(self, items: Sequence[Item], whole: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """The updates of whole matrices as they are stored; keeps their new factors."""
@@ -455,7 +460,7 @@ class MatrixOptimizer(MatrixBase):
                 for job, k in items
             ),
             _numbers(items),
-            [self._on_host(job, k) for job, k in items],
+            self._phase_of(*items[0]),
         )
         updates, factors = self.on_owner(first.group, owned)
         if self.reports is not None:

@@ -9,7 +9,6 @@ from typing import (
     Callable,
     Dict,
     Generic,
-    List,
     Mapping,
     Optional,
     Sequence,
@@ -22,6 +21,7 @@ import torch
 from olmo_core.config import StrEnum
 from typing_extensions import Unpack
 
+from ..engine.base import CALLS
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.matrix import Owned
 from ..engine.random import generator, random_signs
@@ -190,15 +190,12 @@ class NoisyMuon(MuonFamily):
             x = x.to(work) + kept * ahead
         if self._is_measured(group, owned):
             factors[SPECTRUM] = lanczos(x, self._probes(owned), STEPS)
-        firing = self._firing(group, owned)
-        if firing:
-            noise = self._noise(group, owned, firing).to(work)
-            noisy = torch.stack([x[i] for i in firing]).to(work) + noise * ahead
-            x = _replaced(x, firing, self.smooth(group, noisy))
-            fired = [float(i in firing) for i in range(len(x))]
-            factors[FIRED] = torch.stack([n + f for n, f in zip(owned.factors[FIRED], fired)])
+        if owned.phase:
+            noise = self._noise(group, owned).to(work)
+            x = self.smooth(group, x.to(work) + noise * ahead)
+            factors[FIRED] = owned.factors[FIRED] + 1
             if kept is not None:
-                kept = _replaced(kept, firing, torch.stack([kept[i] for i in firing]) + noise)
+                kept = kept + noise
         if kept is not None:
             factors[NOISE] = kept
         return self.polar(x.to(owned.x.dtype)), factors
@@ -206,14 +203,11 @@ class NoisyMuon(MuonFamily):
     def report(
         self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
     ) -> Dict[str, torch.Tensor]:
-        firing = self._firing(group, owned)
-        fires = [float(i in firing) for i in range(len(owned.names))]
-        scales = [scale * f for scale, f in zip(self._scales(group, owned), fires)]
-        counts = [n.squeeze() + f for n, f in zip(owned.factors[FIRED], fires)]
+        fires = float(owned.phase)
         return {
             **super().report(group, owned, updates),
-            "noise scale": torch.stack(scales),
-            "noise fired": torch.stack(counts),
+            "noise scale": self._scales(group, owned) * fires,
+            "noise fired": owned.factors[FIRED][:, 0] + fires,
         }
 
     def _is_measured(self, group: Mapping[str, Any], owned: Owned) -> bool:
@@ -221,18 +215,20 @@ class NoisyMuon(MuonFamily):
             return False
         return (owned.call - 1) % group["rank_interval"] == 0
 
-    def _firing(self, group: Mapping[str, Any], owned: Owned) -> List[int]:
-        """Which of the matrices get noise."""
-        if owned.call - 1 < group["start_step"]:
-            return []
-        threshold, short = group["rank_threshold"], min(owned.x.shape[-2:])
+    def phase(
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        shape: Tuple[int, int],
+        on_host: Mapping[str, np.ndarray],
+    ) -> bool:
+        """Whether a matrix gets noise."""
+        if group[CALLS] - 1 < group["start_step"]:
+            return False
+        threshold = group["rank_threshold"]
         if threshold is None:
-            return list(range(len(owned.names)))
-        return [
-            i
-            for i, (name, on_host) in enumerate(zip(owned.names, owned.on_host))
-            if self._effective_rank(name, on_host[SPECTRUM]) < threshold * short
-        ]
+            return True
+        return self._effective_rank(name, on_host[SPECTRUM]) < threshold * min(shape)
 
     def _effective_rank(self, name: str, coefficients: np.ndarray) -> float:
         """As last measured; infinite before the first measurement. Kept while they are the same."""
@@ -249,15 +245,12 @@ class NoisyMuon(MuonFamily):
         assert owned.numbers is not None
         return owned.numbers[:, 0].sqrt() * alpha_at(group, owned.call - 1)
 
-    def _noise(self, group: Mapping[str, Any], owned: Owned, firing: List[int]) -> torch.Tensor:
-        """``alpha_t |g|_F N`` of those that get it, in float32 or float64."""
+    def _noise(self, group: Mapping[str, Any], owned: Owned) -> torch.Tensor:
+        """``alpha_t |g|_F N``, in float32 or float64."""
         shape, device = owned.x.shape[-2:], owned.x.device
-        drawn = []
-        for i in firing:
-            source = generator(self._seed, owned.call, owned.names[i], "noise", device)
-            drawn.append(torch.randn(shape, generator=source, device=device))
-        scales = self._scales(group, owned)
-        scale = torch.stack([scales[i] for i in firing]).to(torch.float32)[:, None, None]
+        sources = [generator(self._seed, owned.call, n, "noise", device) for n in owned.names]
+        drawn = [torch.randn(shape, generator=source, device=device) for source in sources]
+        scale = self._scales(group, owned).to(torch.float32)[:, None, None]
         return self.directions(torch.stack(drawn)) * scale
 
     def _probes(self, owned: Owned) -> torch.Tensor:
@@ -271,14 +264,6 @@ def _spectrum_shape(n_out: int, n_in: int) -> Tuple[int, ...]:
     """Of what Lanczos returns for a matrix."""
     x = torch.empty(1, n_out, n_in, device="meta")
     return tuple(lanczos(x, x.new_empty(1, min(n_out, n_in), PROBES), STEPS).shape[1:])
-
-
-def _replaced(x: torch.Tensor, places: List[int], others: torch.Tensor) -> torch.Tensor:
-    """``x`` with others in some places: an index tensor would be a copy from the host."""
-    parts = list(x.to(others.dtype).unbind())
-    for i, other in zip(places, others):
-        parts[i] = other
-    return torch.stack(parts)
 
 
 Opt = TypeVar("Opt", bound=NoisyMuon)

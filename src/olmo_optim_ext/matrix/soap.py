@@ -208,8 +208,7 @@ class Soap(MatrixAndAdamW):
             UPDATES: old[UPDATES] + 1,
             **{GRAMS[s]: gram_average(old[GRAMS[s]], grad.mT if s else grad, beta) for s in at},
         }
-        phase = self.phase(group, owned.names[0], owned.on_host[0])
-        if phase == Phase.first:
+        if owned.phase == Phase.first:
             for s in at:
                 new[EIGVECS[s]], found = eigenbasis(new[GRAMS[s]], group["float64_on_failure"])
                 new[FAILURES] = _counted(new.get(FAILURES, old[FAILURES]), found)
@@ -226,7 +225,7 @@ class Soap(MatrixAndAdamW):
             step = owned.step - 1  # the first found the basis
             factor = bias_correction(beta2, step).sqrt() / bias_correction(beta1, step)
             update = update * factor[:, None, None]
-        if phase == Phase.refresh:
+        if owned.phase == Phase.refresh:
             exp_avg = rotate_back(exp_avg, bases)
             for s in at:
                 basis, order, found = power_step(new[GRAMS[s]], old[EIGVECS[s]])
@@ -238,7 +237,11 @@ class Soap(MatrixAndAdamW):
         return update, {**new, EXP_AVG: exp_avg, EXP_AVG_SQ: exp_avg_sq}
 
     def phase(
-        self, group: Mapping[str, Any], name: str, on_host: Mapping[str, np.ndarray]
+        self,
+        group: Mapping[str, Any],
+        name: str,
+        shape: Tuple[int, int],
+        on_host: Mapping[str, np.ndarray],
     ) -> Phase:
         updates, frequency = int(on_host[UPDATES][0]), group["precondition_frequency"]
         if updates == 0:

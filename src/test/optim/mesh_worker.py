@@ -309,7 +309,7 @@ def measure(folder: Path) -> None:
 
     def build(label: str, config: Any = None) -> Any:
         model = meshes(LargeShapes)[label](LargeShapes(width=128))
-        optim = (config or MuonConfig()).build(model)
+        optim: Any = (config or MuonConfig()).build(model)
         optim.bucket_bytes = 2 * largest
         for param in model.parameters():
             param.grad = torch.ones_like(param)

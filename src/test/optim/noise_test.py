@@ -5,7 +5,7 @@ Properties of Muon with noise and of NOLAH that the contracts do not know.
 import copy
 import math
 from dataclasses import replace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -105,7 +105,7 @@ def test_the_strength_is_annealed_and_then_stays(kind):
     assert math.isclose(alpha_at(group, 1000), end) and math.isclose(alpha_at(group, 9999), end)
 
 
-def owned_by(optim: Any, x: torch.Tensor, call: int = 5, **on_host: np.ndarray) -> Owned:
+def owned_by(optim: Any, x: torch.Tensor, call: int = 5, phase: bool = True) -> Owned:
     k = len(x)
     group = optim.param_groups[0]
     shapes = optim.factor_shapes(group, *x.shape[1:])
@@ -116,12 +116,12 @@ def owned_by(optim: Any, x: torch.Tensor, call: int = 5, **on_host: np.ndarray) 
         call,
         tuple(f"w{i}" for i in range(k)),
         torch.arange(1.0, k + 1, dtype=torch.float64).unsqueeze(-1),
-        [{name: values[i] for name, values in on_host.items()} for i in range(k)],
+        phase,
     )
 
 
 def noise_of(optim: Any, owned: Owned) -> torch.Tensor:
-    return optim._noise(optim.param_groups[0], owned, list(range(len(owned.names))))
+    return optim._noise(optim.param_groups[0], owned)
 
 
 def test_noise_follows_from_seed_step_and_name():
@@ -256,18 +256,38 @@ def test_what_is_not_finite_gives_no_noise():
     assert optim.state[model.weight]["fired"] == 0
 
 
-def test_of_a_stack_each_matrix_decides_for_itself():
+def low_rank_and_others() -> Tuple[torch.Tensor, np.ndarray]:
+    """Three matrices, the second of rank one, and their spectra."""
+    x = torch.stack([draw(4, 6), draw(4, 1) @ draw(1, 6, seed=3), draw(4, 6, seed=4)])
+    return x, lanczos(x, torch.ones(3, 4, PROBES).tril(), STEPS).numpy()
+
+
+def test_each_matrix_decides_for_itself():
+    optim = MuonOrthoNoiseConfig(start_step=3).build(nn.Linear(6, 4, bias=False))
+    _, spectra = low_rank_and_others()
+
+    def phases(call: int) -> List[bool]:
+        group = {**optim.param_groups[0], "calls": call}
+        return [
+            optim.phase(group, f"w{i}", (4, 6), {"spectrum": each})
+            for i, each in enumerate(spectra)
+        ]
+
+    assert phases(11) == [False, True, False]
+    assert phases(3) == [False] * 3
+
+
+@pytest.mark.parametrize("phase", [False, True])
+def test_a_stack_is_what_each_of_it_is_alone(phase: bool):
     model = nn.Linear(6, 4, bias=False)
     config = MuonOrthoNoiseConfig(polar_method=PolarMethod.svd, persist_noise=True, alpha=0.3)
     optim = config.build(model)
-    x = torch.stack([draw(4, 6), draw(4, 1) @ draw(1, 6, seed=3), draw(4, 6, seed=4)])
-    probes = torch.ones(3, 4, PROBES).tril()
-    spectrum = lanczos(x, probes, STEPS).numpy()
-    owned = owned_by(optim, x, call=11, spectrum=spectrum)
+    x, _ = low_rank_and_others()
+    owned = owned_by(optim, x, call=11, phase=phase)
     owned.factors["noise"].copy_(draw(3, 4, 6, seed=5))
     group = optim.param_groups[0]
     updates, factors = optim.on_owner(group, owned)
-    assert factors["fired"].tolist() == [[0], [1], [0]]
+    assert ("fired" in factors) == phase
     for i in range(3):
         alone = Owned(
             x[i : i + 1],
@@ -276,13 +296,12 @@ def test_of_a_stack_each_matrix_decides_for_itself():
             owned.call,
             owned.names[i : i + 1],
             owned.numbers[i : i + 1] if owned.numbers is not None else None,
-            owned.on_host[i : i + 1],
+            phase,
         )
         update, its = optim.on_owner(group, alone)
         torch.testing.assert_close(updates[i : i + 1], update, atol=1e-5, rtol=0)
-        torch.testing.assert_close(factors["noise"][i : i + 1], its["noise"])
-        torch.testing.assert_close(factors["spectrum"][i : i + 1], its["spectrum"])
-        assert ("fired" in its) == (i == 1)
+        for name in factors:
+            torch.testing.assert_close(factors[name][i : i + 1], its[name])
 
 
 # State

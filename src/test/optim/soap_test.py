@@ -4,6 +4,7 @@ What is SOAP's alone.
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
@@ -287,3 +288,22 @@ def test_decay_comes_after_the_update():
         return model.weight.detach()
 
     torch.testing.assert_close(end(weight_decay=0.2), end(weight_decay=0.0) * (1 - 0.495 * 0.2))
+
+
+def test_stacks_of_other_devices_have_one_phase():
+    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(6))
+    optim = SoapConfig(precondition_frequency=3, stagger=True).build(model)
+    train(model, optim, 0, 2)
+    jobs: List[Any] = [
+        SimpleNamespace(
+            member=SimpleNamespace(param=param, grad=SimpleNamespace(device=torch.device("cuda"))),
+            plan=optim._plans[param],
+            group=optim.param_groups[0],
+            work=SimpleNamespace(clock=torch.zeros(1)),
+        )
+        for param in model.parameters()
+    ]
+    stacks = optim._stacks([(job, 0) for job in jobs])
+    phases = [{optim._phase_of(job, k) for job, k in stack} for stack in stacks]
+    assert [len(stack) for stack in stacks] in ([2, 4], [4, 2])
+    assert sorted(map(len, phases)) == [1, 1] and phases[0] != phases[1]
