@@ -56,6 +56,8 @@ class MatrixMetricsCallback(Callback):
     - ``update RMS``: of the update's elements, before the learning rate.
     - With noise, ``noise scale``, the Frobenius norm of the noise over ``sqrt(min(out, in))``, 0 in
       a step without, and ``noise fired``, the share of all calls of ``step()`` that had some.
+    - Of SOAP ``failed refreshes``, how often an eigenbasis was not found and the old one kept, over
+      the whole run and both sides of a matrix.
 
     There is no host-device sync in ``step()``. After a step with a report, and only there, the host
     waits for the device; each rank evaluates the matrices that it has computed, and all exchange
