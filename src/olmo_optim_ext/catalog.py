@@ -288,7 +288,8 @@ _ROWS = (
         summary="Momentum, whitened by a preconditioner with Kronecker factors (PSGD)",
         paper="arXiv:1512.04202; kron_torch (code)",
         state_bytes_per_param=4,
-        factors="4 (out^2 + in^2) bytes, of a side whose factor is diagonal 4 n; " + _ALL_ON_OWNERS,
+        factors="4 (out^2 + in^2) bytes, of a side whose factor is diagonal 4 n, with "
+        "update: pro 4 more for each side; " + _ALL_ON_OWNERS,
         exchange=_WHOLE_MATRICES + "; nothing under DDP, where each rank computes all",
     ),
     OptimizerInfo(

@@ -290,7 +290,7 @@ class MatrixOptimConfig(ExtOptimConfig[MatrixOpt], Generic[MatrixOpt]):
     share_replicas: bool = True
     """
     Under DDP, compute each matrix on one rank and send its update to the others; if not, each rank
-    computes all.
+    computes all. Rules with state of whole matrices always do the latter.
     """
 
     CONFIG_ONLY: ClassVar[FrozenSet[str]] = ExtOptimConfig.CONFIG_ONLY | {

@@ -6,6 +6,7 @@ and its update comes back (:mod:`~olmo_optim_ext.engine.exchange`). While an own
 bucket, another one is on its way.
 """
 
+import math
 from collections import Counter
 from typing import (
     Any,
@@ -170,7 +171,7 @@ class MatrixOptimizer(MatrixBase):
     ) -> Dict[str, torch.Tensor]:
         """
         What is worth knowing of a step. Called for steps of which a report was asked for, with what
-        :meth:`on_owner` was given and returned.
+        :meth:`on_owner` was given, but the new factors, and returned.
 
         :returns: By name, tensors ``(k, ...)``. No host-device sync.
         """
@@ -426,7 +427,10 @@ class MatrixOptimizer(MatrixBase):
             if job.member.grad.device.type != "cpu":
                 block = job.plan.blocks[k][1]
                 alike = (id(job.group), job.plan.shape(block), self._phase_of(job, k))
-                n_bytes = block.numel * job.work.clock.itemsize
+                # With its factors, or a stack of vectors could have gigabytes of them.
+                shapes = job.plan.factors.shapes[job.plan.blocks[k][0]].values()
+                numel = max(block.numel, sum(map(math.prod, shapes)))
+                n_bytes = numel * job.work.clock.itemsize
                 key = (alike, seen[alike] // max(1, self.bucket_bytes // n_bytes))
                 seen[alike] += 1
             stacks.setdefault(key, []).append((job, k))
@@ -464,7 +468,8 @@ class MatrixOptimizer(MatrixBase):
         )
         updates, factors = self.on_owner(first.group, owned)
         if self.reports is not None:
-            report = self.report(first.group, owned, updates)
+            now = owned._replace(factors={**owned.factors, **factors})
+            report = self.report(first.group, now, updates)
             for i, name in enumerate(owned.names):
                 self.reports[name] = {key: values[i] for key, values in report.items()}
         for name, new in factors.items():

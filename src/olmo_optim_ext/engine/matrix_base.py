@@ -192,8 +192,8 @@ class MatrixBase(ExtOptimizer):
         ]
 
     def _create_factors(self, group: Dict[str, Any], param: torch.Tensor, plan: Plan) -> None:
-        dtype = torch.promote_types(torch.float32, param.dtype)
         state = self.state[param]
+        dtype = state[STEP].dtype  # in which the group computes
         if all(name in state for name in plan.factors.names):  # of a copy
             return
         for name in plan.factors.names:

@@ -46,7 +46,9 @@ def _eigenvectors(gram: torch.Tensor, float64_on_failure: bool) -> torch.Tensor:
     for dtype in (gram.dtype, torch.float64) if float64_on_failure else (gram.dtype,):
         try:
             return torch.linalg.eigh(gram.to(dtype)).eigenvectors.mT.flip(0).to(gram.dtype)
-        except torch.linalg.LinAlgError:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # LinAlgError, or what a library of the device says
             continue
     return torch.full_like(gram, torch.nan)
 

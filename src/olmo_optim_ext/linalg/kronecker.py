@@ -47,6 +47,7 @@ def _times(
     return upper_times(q, x, transpose) if triangular else (q.mT if transpose else q) @ x
 
 
+@full_precision()
 def precondition(factors: Factors, x: torch.Tensor, triangular: bool) -> torch.Tensor:
     """
     ``P x = Q_L^T Q_L x Q_R^T Q_R``.
@@ -109,7 +110,7 @@ def _like(scalars: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @full_precision()
 def fit_by_division(
-    factors: Factors, grad: torch.Tensor, probe: torch.Tensor, lr: float
+    factors: Factors, grad: torch.Tensor, probe: torch.Tensor, lr: float, alive: torch.Tensor
 ) -> List[Optional[torch.Tensor]]:
     """
     A step towards ``P = E[g g^T]^-1/2``. With ``A = Q_L g Q_R^T``, ``B = Q_L^-T v Q_R^-1`` and on
@@ -122,9 +123,11 @@ def fit_by_division(
 
     :param factors: Upper triangular, or diagonal.
     :param probe: ``v``, standard normal, shaped like the gradient ``g``.
+    :param alive: Which matrices are fitted, ``(k,)``. Without a gradient factors would grow without
+        bound.
 
-    :returns: The new factors. A matrix without any gradient keeps its own, which would grow without
-        bound, and so does one whose new factors are not finite.
+    :returns: The new factors; the old ones of matrices that are not fitted, and of those whose new
+        ones are not finite.
     """
     a, b = grad, _divide(factors, probe)
     for side, q in enumerate(factors):
@@ -145,7 +148,7 @@ def fit_by_division(
             new.append(torch.addcmul(q, step, q, value=-1.0))
         else:
             new.append(upper_times_upper(step.triu_(), q, added=q, alpha=-1.0))
-    return _kept_unless(_largest(grad) > 0, new, factors)
+    return _kept_unless(alive, new, factors)
 
 
 @full_precision()
@@ -154,6 +157,7 @@ def fit_by_products(
     lipschitz: Factors,
     grad: torch.Tensor,
     lr: float,
+    alive: torch.Tensor,
     beta: float = 0.9,
 ) -> Tuple[List[Optional[torch.Tensor]], List[Optional[torch.Tensor]]]:
     """
@@ -170,11 +174,11 @@ def fit_by_products(
     :param factors: Full, or diagonal.
     :param lipschitz: ``L`` of each factor, ``(k, 1)``.
     :param grad: ``g``, damped.
+    :param alive: As for :func:`fit_by_division`.
 
     :returns: The new factors and the new ``L``; the old ones as :func:`fit_by_division`.
     """
     h = precondition(factors, grad, triangular=False)
-    alive = _largest(grad) > 0
     new: List[Optional[torch.Tensor]] = []
     new_lipschitz: List[Optional[torch.Tensor]] = []
     for side, (q, bound) in enumerate(zip(factors, lipschitz)):

@@ -10,6 +10,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type
 import torch
 import torch.nn as nn
 from olmo_core.config import StrEnum
+from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
@@ -19,7 +20,7 @@ from ..engine.layout import MatrixLayout
 from ..engine.matrix import Owned
 from ..engine.matrix_base import ALGORITHM
 from ..engine.random import generator, stream
-from ..engine.roles import ParamRole
+from ..engine.roles import ParamRole, Role
 from ..linalg.kronecker import balanced, fit_by_division, fit_by_products, precondition
 from .base import AdamWOptions, MatrixAndAdamW
 from .preconditioned import PreconditionedConfig
@@ -84,7 +85,7 @@ class UpdateSchedule:
     In which calls preconditioners are updated, as a function of the number of the call alone: when
     the calls since the last update are ``1 / p`` or more, where in call ``n``, from 0 on::
 
-        p = max(prob_min, prob_max min(1, exp(-decay (n - flat_start))))
+        p = clip(prob_max exp(-decay (n - flat_start)), prob_min, prob_max)
     """
 
     def __init__(self, prob_max: float, prob_min: float, decay: float, flat_start: int):
@@ -107,7 +108,7 @@ class UpdateSchedule:
 
     def probability(self, n: int) -> float:
         prob_max, prob_min, decay, flat_start = self._settings
-        return max(prob_min, prob_max * math.exp(-decay * max(0, n - flat_start)))
+        return min(prob_max, max(prob_min, prob_max * math.exp(-decay * max(0, n - flat_start))))
 
 
 def damped(x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
@@ -118,13 +119,15 @@ def damped(x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:
 
 def clipped(x: torch.Tensor, factor: torch.Tensor, region: str) -> torch.Tensor:
     """
-    ``factor x`` of matrices ``(k, m, n)``, in their :class:`TrustRegion`.
+    ``factor x`` of matrices ``(k, m, n)``, in their :class:`TrustRegion`. Without one, of matrices
+    whose squares overflow, zero.
 
     :param factor: Shape ``(k, 1, 1)``.
     """
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    x = torch.where(norm.isfinite(), x, 0.0)
     if region == TrustRegion.none:
         return x * factor
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     rms = norm * factor / math.sqrt(x.shape[-2] * x.shape[-1])
     largest = 1.1 if region == TrustRegion.rms else 2.0
     x = x * (factor * (largest / (rms + 1e-12)).clamp(max=1.0))
@@ -222,6 +225,17 @@ class Kron(MatrixAndAdamW):
         to_choice(TrustRegion, group["trust_region"], "trust_region", name)
         for flag in ("momentum_into_precond_update", "author_noise"):
             to_flag(group[flag], flag, name)
+        if group["author_noise"] and not group["momentum_into_precond_update"]:
+            raise OLMoConfigurationError(
+                f"{name}: 'author_noise' is True, allowed is False where "
+                "'momentum_into_precond_update' is, as then the noise is in the gradient alone"
+            )
+        least, most = (group[f"precond_update_prob_{end}"] for end in ("min", "max"))
+        if least > most:
+            raise OLMoConfigurationError(
+                f"{name}: 'precond_update_prob_min' is {least}, allowed are numbers up to "
+                f"'precond_update_prob_max', {most}"
+            )
 
     def on_shards(
         self,
@@ -269,14 +283,18 @@ class Kron(MatrixAndAdamW):
             into = group["momentum_into_precond_update"]
             probe = self._probe(owned)
             noisy = damped(momentum * debias if into else grad, probe)
+            # Not of the momentum: it fades for long, and factors would grow with it.
+            alive = torch.linalg.vector_norm(grad, ord=torch.inf, dim=(-2, -1)) > 0
             if group["author_noise"] and into:
                 direction, debias = noisy, torch.ones_like(debias)
             if group["update"] == KronFit.pro:
                 bounds = [owned.factors.get(name) for name in LIPSCHITZ]
-                factors, bounds = fit_by_products(factors, bounds, noisy, group["precond_lr"])
+                factors, bounds = fit_by_products(
+                    factors, bounds, noisy, group["precond_lr"], alive
+                )
                 new.update({name: x for name, x in zip(LIPSCHITZ, bounds) if x is not None})
             else:
-                factors = fit_by_division(factors, noisy, probe, group["precond_lr"])
+                factors = fit_by_division(factors, noisy, probe, group["precond_lr"], alive)
             new.update({name: q for name, q in zip(FACTORS, factors) if q is not None})
         update = precondition(factors, direction, triangular=group["update"] == KronFit.lie)
         return clipped(update, debias, group["trust_region"]), new
@@ -285,6 +303,8 @@ class Kron(MatrixAndAdamW):
         names = ("max", "min", "decay", "flat_start")
         settings = tuple(group[f"precond_update_prob_{name}"] for name in names)
         if settings not in self._schedules:
+            if len(self._schedules) >= 16:  # somebody changes them from call to call
+                self._schedules.clear()
             self._schedules[settings] = UpdateSchedule(*settings)
         return self._schedules[settings]
 
@@ -339,18 +359,19 @@ def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[int, bool]:
 
 
 def kron_flops(n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str, Any]) -> float:
-    """Floating point operations of the products of a step in the long run."""
-    applied = fitted = 0.0
+    """
+    Floating point operations of a step in the long run: those of the products, of which triangular
+    factors need half, and some for each element.
+    """
+    pro, elements = group["update"] == KronFit.pro, 1.0 * n_out * n_in
+    applied, fitted = 12 * elements, 20 * elements
     for side, diagonal in at.items():
         if diagonal:
             continue
-        n, other = (n_out, n_in) if side == 0 else (n_in, n_out)
-        product = 2.0 * n * n * other
-        applied += min(2 * product, product + 2.0 * n**3)
-        if group["update"] == KronFit.pro:
-            fitted += min(2 * product, product + 2.0 * n**3) + product + 6.0 * n**3
-        else:
-            fitted += product + product / 2 + 2 * product + 2.0 * n**3
+        n = (n_out, n_in)[side]
+        product = 2.0 * n * elements
+        applied += (2 if pro else 1) * product
+        fitted += 2.5 * product + 7.0 * n**3 if pro else 2 * product + n**3 / 3
     return applied + fitted * group["precond_update_prob_min"]
 
 
@@ -414,8 +435,8 @@ class KronConfig(PreconditionedConfig[Kron]):
 
     min_ndim_triangular: int = 2
     """
-    All factors of parameters with fewer dimensions are diagonal, >= 1: with 2 those of parameters
-    with one dimension, with 3 all. As in kron_torch.
+    The factors of matrices with fewer sides larger than one are diagonal, >= 1: with 2 those of
+    parameters with one dimension, with 3 all. As in kron_torch.
     """
 
     memory_save_mode: MemorySaveMode = MemorySaveMode.none
@@ -457,7 +478,8 @@ def _merged(row: ParamRole) -> Optional[MatrixLayout]:
     The layout of a parameter with more than two dimensions that stores one matrix: the squarer of
     ``(first, rest)`` and ``(rest, last)``.
     """
-    if row.layout is None or len(row.shape) < 3 or len(row.layout.blocks()) > 1:
+    whole = row.layout is not None and len(row.layout.blocks()) == 1 and not row.layout.in_out
+    if not whole or len(row.shape) < 3 or row.role == Role.experts:
         return row.layout
     last = row.shape[-1]
     first, rest = math.prod(row.shape[:-1]), math.prod(row.shape[1:])

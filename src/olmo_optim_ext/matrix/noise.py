@@ -207,7 +207,7 @@ class NoisyMuon(MuonFamily):
         return {
             **super().report(group, owned, updates),
             "noise scale": self._scales(group, owned) * fires,
-            "noise fired": owned.factors[FIRED][:, 0] + fires,
+            "noise fired": owned.factors[FIRED][:, 0].clone(),
         }
 
     def _is_measured(self, group: Mapping[str, Any], owned: Owned) -> bool:

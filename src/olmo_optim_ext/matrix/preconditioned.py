@@ -22,7 +22,10 @@ Opt = TypeVar("Opt", bound=AdamWForOthers)
 class PreconditionedConfig(MatrixAndAdamWConfig[Opt], Generic[Opt]):
     """
     Fields of the configs of optimizers with preconditioners. What they do not take follows AdamW
-    (``adamw_*``); ``group_overrides`` may give any matrix the ``role`` matrix.
+    (``adamw_*``); ``group_overrides`` may set the ``role`` of parameters to matrix or to vector.
+
+    All state of what they take is that of whole matrices: float32 whatever ``state_dtype``, and
+    under DDP computed on each rank whatever ``share_replicas``.
     """
 
     block_size: Optional[int] = None
@@ -59,7 +62,10 @@ class PreconditionedConfig(MatrixAndAdamWConfig[Opt], Generic[Opt]):
 
     def algorithm_of(self, row: ParamRole, opts: Mapping[str, Any]) -> str:
         takes = (self.precondition_embeddings and row.role == Role.embedding) or (
-            row.role == Role.vector and row.layout is not None and len(row.shape) == 1
+            row.role == Role.vector
+            and row.layout is not None
+            and len(row.shape) == 1
+            and "role" not in opts  # one that is told to be a vector is one
         )
         return self.optimizer().algorithm if takes else super().algorithm_of(row, opts)
 

@@ -17,6 +17,7 @@ from ..engine.elementwise import bias_correction
 from ..engine.hyperparameters import to_flag
 from ..engine.matrix import Owned
 from ..linalg.eigenbasis import eigenbasis, gram_average, power_step
+from ..linalg.precision import full_precision
 from .base import AdamWOptions, MatrixAndAdamW
 from .preconditioned import PreconditionedConfig
 from .reports import update_rms
@@ -50,6 +51,7 @@ class Phase(StrEnum):
     """Update it, and the basis."""
 
 
+@full_precision()
 def rotate(x: torch.Tensor, bases: Bases) -> torch.Tensor:
     """Into the basis: ``Q_L x Q_R^T``, of matrices ``(k, out, in)``."""
     left, right = bases
@@ -57,6 +59,7 @@ def rotate(x: torch.Tensor, bases: Bases) -> torch.Tensor:
     return x if right is None else x @ right.mT
 
 
+@full_precision()
 def rotate_back(x: torch.Tensor, bases: Bases) -> torch.Tensor:
     """Out of the basis: ``Q_L^T x Q_R``."""
     left, right = bases
@@ -250,13 +253,16 @@ class Soap(MatrixAndAdamW):
         return Phase.refresh if (updates + shift) % frequency == 0 else Phase.step
 
     def _shift(self, name: str) -> float:
-        """By which share of a period a matrix is refreshed earlier with ``stagger``."""
+        """
+        By which share of a period a matrix is refreshed earlier with ``stagger``. A group that is
+        added later moves the others.
+        """
         if name not in self._shifts:
-            # From the most expensive one on, so that what is refreshed in a step costs alike, on
-            # each owner too: these take turns in the same order.
+            # In the order in which matrices are dealt out to owners, so that what is refreshed in a
+            # step costs alike, on each owner too.
             matrices = self.all_matrices()
             costs = {name: self.cost(group, *shape) for name, (group, shape) in matrices.items()}
-            names = sorted(costs, key=lambda name: (-costs[name], name))
+            names = sorted(costs, key=lambda name: -costs[name])
             self._shifts = {name: i * GOLDEN % 1.0 for i, name in enumerate(names)}
         return self._shifts[name]
 
@@ -265,7 +271,7 @@ class Soap(MatrixAndAdamW):
     ) -> Dict[str, torch.Tensor]:
         return {
             "update RMS": update_rms(updates, 1.0),
-            "failed refreshes": owned.factors[FAILURES][:, 0],
+            "failed refreshes": owned.factors[FAILURES][:, 0].clone(),
         }
 
     def decay(self, group: Mapping[str, Any], step: torch.Tensor) -> torch.Tensor:
@@ -291,12 +297,15 @@ def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> List[int]:
 
 
 def soap_flops(n_out: int, n_in: int, at: Sequence[int], frequency: int) -> float:
-    """Floating point operations of the products of a step, on average; QR counts as ``8/3 n^3``."""
-    total = 0.0
+    """
+    Floating point operations of a step, on average: those of the products, QR as ``8/3 n^3``, and
+    some for each element.
+    """
+    total = 16.0 * n_out * n_in
     for n in ((n_out, n_in)[side] for side in at):
         product = 2.0 * n * n_out * n_in
-        # The Gram matrix, there and back; and of a refresh back and there, a product, and QR.
-        total += 3 * product + (2 * product + 2.0 * n**3 + 8 / 3 * n**3) / frequency
+        # The Gram matrix, by half, there and back; of a refresh back and there, a product, and QR.
+        total += 2.5 * product + (2 * product + 2.0 * n**3 + 8 / 3 * n**3) / frequency
     return total
 
 

@@ -23,6 +23,8 @@ __all__ = ["MatrixMetricsCallback", "matrix_metric"]
 RANKS = ("effective rank", "stable rank")
 RELATIVE = "relative "
 FIRED = "noise fired"
+COUNTS = ("failed refreshes",)
+"""Measures that add up over matrices."""
 
 Numbers = Dict[str, float]
 
@@ -56,8 +58,8 @@ class MatrixMetricsCallback(Callback):
     - ``update RMS``: of the update's elements, before the learning rate.
     - With noise, ``noise scale``, the Frobenius norm of the noise over ``sqrt(min(out, in))``, 0 in
       a step without, and ``noise fired``, the share of all calls of ``step()`` that had some.
-    - Of SOAP ``failed refreshes``, how often an eigenbasis was not found and the old one kept, over
-      the whole run and both sides of a matrix.
+    - Of SOAP ``failed refreshes``, how often an eigenbasis was not found and the old one kept,
+      added up over the whole run, both sides, and all matrices of the parameter or role.
 
     There is no host-device sync in ``step()``. After a step with a report, and only there, the host
     waits for the device; each rank evaluates the matrices that it has computed, and all exchange
@@ -110,7 +112,7 @@ class MatrixMetricsCallback(Callback):
                 if self.per_layer:
                     self._record(name, _without(by_parameter[name], map(RELATIVE.__add__, RANKS)))
         for role, numbers in by_role.items():
-            self._record(role, _without(_mean(numbers), RANKS))
+            self._record(role, _without(_combined(numbers), RANKS))
 
     def _record(self, of: str, numbers: Numbers) -> None:
         for measure, value in numbers.items():
@@ -159,7 +161,7 @@ def _by_parameter(everywhere: Iterable[Mapping[str, Mapping[str, Numbers]]]) -> 
             for matrix, numbers in matrices.items():
                 together[parameter][matrix].append(numbers)
     return {
-        parameter: _mean([_mean(copies) for copies in matrices.values()])
+        parameter: _combined([_mean(copies) for copies in matrices.values()])
         for parameter, matrices in together.items()
     }
 
@@ -170,6 +172,16 @@ def _mean(several: List[Numbers]) -> Numbers:
         measure: fmean(numbers[measure] for numbers in several if measure in numbers)
         for measure in measures
     }
+
+
+def _combined(several: List[Numbers]) -> Numbers:
+    """Of different matrices: sums of counts, means of all else."""
+    counts = {
+        measure: sum(numbers.get(measure, 0.0) for numbers in several)
+        for measure in COUNTS
+        if any(measure in numbers for numbers in several)
+    }
+    return {**_mean(several), **counts}
 
 
 def _without(numbers: Numbers, measures: Iterable[str]) -> Numbers:

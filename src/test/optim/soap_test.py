@@ -13,10 +13,12 @@ import torch.nn as nn
 from olmo_core.optim import OptimGroupOverride
 
 from olmo_optim_ext import Soap, SoapConfig
+from olmo_optim_ext.engine.exchange import assign_owners
 from olmo_optim_ext.linalg import eigenbasis as eigenbasis_module
 from olmo_optim_ext.matrix.soap import EIGVECS, EXP_AVG, FAILURES, UPDATES, rotate_back
 
 from .case import MATRICES, MixedShapes, grads_at, relative_error, train, weights
+from .models import LargeShapes
 from .soap_cases import SOAP, package_soap
 
 
@@ -172,15 +174,36 @@ def test_staggered_refreshes_are_spread_and_each_has_its_turn_once_a_period():
         assert len(period) == len(set(period)) == n
 
 
-@pytest.mark.parametrize("n_owners", [2, 4, 5, 8, 10])
-def test_staggered_refreshes_are_spread_over_the_steps_of_each_owner(n_owners: int):
-    """Of matrices that are alike, dealt out in turn, as owners are chosen."""
-    model = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(16 * n_owners))
-    optim = SoapConfig(precondition_frequency=8, stagger=True).build(model)
-    names = sorted(optim.all_matrices())
-    for owner in range(n_owners):
-        steps = [int(optim._shift(name) * 8) for name in names[owner::n_owners]]
-        assert max(steps.count(step) for step in range(8)) <= 4  # of 16, 2 each
+@pytest.mark.parametrize("n_owners", [1, 2, 4, 8, 16])
+def test_staggered_refreshes_cost_alike_on_each_owner(n_owners: int):
+    """No step of an owner's costs much more than its share of a period and the dearest matrix."""
+    with torch.device("meta"):
+        model = LargeShapes(width=64, layers=24)
+    optim = SoapConfig(precondition_frequency=10, stagger=True).build(model)
+    matrices = optim.all_matrices()
+    costs = [optim.cost(group, *shape) for group, shape in matrices.values()]
+    work: Dict[int, List[float]] = {owner: [0.0] * 10 for owner in range(n_owners)}
+    for name, cost, owner in zip(matrices, costs, assign_owners(costs, n_owners)):
+        work[owner][int(optim._shift(name) * 10)] += cost
+    for steps in work.values():
+        assert max(steps) <= 1.5 * (sum(steps) / 10 + max(costs))
+
+
+def test_a_vector_may_be_left_out():
+    left_out = OptimGroupOverride(["norm.*"], {"role": "vector"})
+    config = SoapConfig(precondition_1d=True, group_overrides=[left_out])
+    followers = {name for name, layout in config.layouts(MixedShapes()).items() if layout.cols == 1}
+    assert followers == {"square.bias", "few_rows.bias"}
+
+
+def test_parameters_of_two_dtypes_may_share_a_group():
+    model = nn.ModuleList([nn.Linear(4, 5, bias=False), nn.Linear(5, 4, bias=False).double()])
+    optim = SoapConfig(precondition_frequency=2).build(model)
+    for step in range(5):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param) * (step + 1)
+        optim.step()
+    assert all(param.isfinite().all() for param in model.parameters())
 
 
 def test_a_refresh_in_a_skipped_step_is_made_in_the_next():
