@@ -4,17 +4,20 @@ plans/kron.md have the answers.
 
     python plans/studies/preconditioned.py steps [--cycles N]
     python plans/studies/preconditioned.py train [--steps N]
+    python plans/studies/preconditioned.py kron_torch
 
 ``steps`` times whole cycles of refreshes in turn, on matrices of a transformer of width 512. Peers
 are those that are installed: pytorch-optimizer, heavyball, kron-torch. ``train`` trains a
 transformer of two layers and width 64 on the text that ships with Python, 1024 bytes a step, on one
-thread.
+thread. ``kron_torch`` gives that package, which must be installed, our probes and compares 50
+steps; TORCHDYNAMO_DISABLE=1 spares its compilations.
 """
 
 import argparse
 import importlib.util
 import statistics
 import time
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
@@ -24,6 +27,7 @@ from orthonoise import header, held_out_loss, new_model, row, text, train
 
 from olmo_optim_ext import AdamWConfig, KronConfig, SoapConfig
 from olmo_optim_ext.config import ExtOptimConfig
+from olmo_optim_ext.engine.random import generator
 
 SHAPES = [(512, 512)] * 4 + [(2048, 512)] * 2 + [(512, 2048)]
 
@@ -98,6 +102,55 @@ def time_steps(cycles: int) -> None:
             row(name, label, f"{own:.0f}", f"{theirs:.0f}", f"{middle:.2f} ({low:.2f}-{high:.2f})")
 
 
+def compare_with_kron_torch() -> None:
+    package: Any = importlib.import_module("kron_torch.kron")
+    shapes = {"square": (9, 9), "tall": (14, 8), "wide": (6, 20)}
+    schedule = dict(min_prob=0.15, decay=0.1, flat_start=5)
+    own_schedule = {
+        f"precond_update_prob_{k.removesuffix('_prob')}": v for k, v in schedule.items()
+    }
+    header("settings", "largest difference in 50 steps, of the motion")
+    for mode in ("none", "one_diag", "smart_one_diag", "all_diag"):
+        config = KronConfig(
+            lr=0.01, weight_decay=0.1, balance_prob=0.0, author_noise=True, memory_save_mode=mode
+        )
+        config = config.replace(**own_schedule)
+        model, start = nn.Module(), {}
+        for name, (rows, cols) in shapes.items():
+            model.add_module(name, nn.Linear(cols, rows, bias=False))
+            start[name] = model.get_submodule(name).weight.detach().clone()
+        theirs = {name: nn.Parameter(weight.clone()) for name, weight in start.items()}
+        their_optim = package.Kron(
+            list(theirs.values()),
+            **dict(lr=0.01, weight_decay=0.1, memory_save_mode=None if mode == "none" else mode),
+            preconditioner_update_probability=package.precond_update_prob_schedule(**schedule),
+        )
+        their_optim.rng = SimpleNamespace(random=lambda: 1.0)  # no balancing
+        optim = config.build(model)
+        for call in range(1, 51):
+            names = iter(shapes)
+
+            def our_probe(x: torch.Tensor, call=call, names=names) -> torch.Tensor:
+                source = generator(0, call, f"{next(names)}.weight", "probe", x.device)
+                return torch.randn(x.shape, generator=source)
+
+            for name, shape in shapes.items():
+                grad = torch.randn(shape) * 0.1
+                model.get_submodule(name).weight.grad = grad
+                theirs[name].grad = grad.clone()
+            optim.step()
+            original, torch.randn_like = torch.randn_like, our_probe
+            try:
+                their_optim.step()
+            finally:
+                torch.randn_like = original
+        errors = [
+            (model.get_submodule(name).weight - param).norm() / (param - start[name]).norm()
+            for name, param in theirs.items()
+        ]
+        row(f"memory_save_mode {mode}", f"{float(max(errors)):.1e}")
+
+
 def train_against_adamw(steps: int) -> None:
     """
     All under a learning rate that decays to 0 over the same steps, in factors of 2; AdamW's best is
@@ -141,13 +194,15 @@ def train_against_adamw(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("question", choices=["steps", "train"])
+    parser.add_argument("question", choices=["steps", "train", "kron_torch"])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--cycles", type=int, default=7)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.question == "steps":
         time_steps(arguments.cycles)
+    elif arguments.question == "kron_torch":
+        compare_with_kron_torch()
     else:
         torch.set_num_threads(1)
         train_against_adamw(arguments.steps)

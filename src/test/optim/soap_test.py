@@ -233,7 +233,8 @@ def test_a_failed_refresh_keeps_the_basis_and_is_counted(monkeypatch: pytest.Mon
     optim.ask_for_report()
     train(model, optim, 2, 3)
     assert torch.equal(state[EIGVECS[0]], before)
-    assert float(state[FAILURES]) == 2  # one for each side
+    (report,) = optim.take_report().values()
+    assert float(report["failed refreshes"]) == 2 == float(state[FAILURES])  # one for each side
     assert all(x.isfinite().all() for x in state.values()) and model.weight.isfinite().all()
     monkeypatch.undo()
     optim.ask_for_report()
