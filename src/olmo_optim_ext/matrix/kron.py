@@ -5,7 +5,7 @@ arXiv:2211.04422; the rule is that of the package kron_torch).
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Mapping, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -22,9 +22,8 @@ from ..engine.matrix_base import ALGORITHM
 from ..engine.random import generator, stream
 from ..engine.roles import ParamRole, Role
 from ..linalg.kronecker import balanced, fit_by_division, fit_by_products, precondition
-from .base import AdamWOptions, MatrixAndAdamW
-from .preconditioned import PreconditionedConfig
-from .reports import update_rms
+from .base import AdamWOptions
+from .preconditioned import PreconditionedConfig, PreconditionedOptimizer
 
 __all__ = [
     "Kron",
@@ -156,7 +155,7 @@ class KronOptions(AdamWOptions, total=False):
     author_noise: bool
 
 
-class Kron(MatrixAndAdamW):
+class Kron(PreconditionedOptimizer):
     """
     ``m <- b m + (1 - b) g``, ``W <- (1 - lr wd) W - lr clip(P m / (1 - b^t))``, with ``P = Q^T Q``
     and a factor ``Q`` for each side, which :func:`~olmo_optim_ext.linalg.kronecker.fit_by_division`
@@ -172,7 +171,6 @@ class Kron(MatrixAndAdamW):
     """
 
     algorithm = "kron"
-    matrix_buffers = ()
 
     def __init__(
         self,
@@ -236,15 +234,6 @@ class Kron(MatrixAndAdamW):
                 f"{name}: 'precond_update_prob_min' is {least}, allowed are numbers up to "
                 f"'precond_update_prob_max', {most}"
             )
-
-    def on_shards(
-        self,
-        group: Mapping[str, Any],
-        grad: torch.Tensor,
-        buffers: Sequence[torch.Tensor],
-        numbers: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, ...]:
-        return (grad,)
 
     def factor_shapes(
         self, group: Mapping[str, Any], n_out: int, n_in: int
@@ -324,11 +313,6 @@ class Kron(MatrixAndAdamW):
             for name in owned.names
         ]
         return torch.stack(drawn)
-
-    def report(
-        self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
-    ) -> Dict[str, torch.Tensor]:
-        return {"update RMS": update_rms(updates, 1.0)}
 
     def scale(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
         return 1.0

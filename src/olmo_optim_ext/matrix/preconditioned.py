@@ -4,18 +4,56 @@ blocks.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Dict, FrozenSet, Generic, Mapping, Optional, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    FrozenSet,
+    Generic,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+)
 
+import torch
 import torch.nn as nn
 
 from ..engine.hyperparameters import check_hyperparameters
 from ..engine.layout import MatrixLayout
+from ..engine.matrix import Owned
 from ..engine.roles import ParamRole, Role
-from .base import AdamWForOthers, MatrixAndAdamWConfig
+from .base import MatrixAndAdamW, MatrixAndAdamWConfig
+from .reports import update_rms
 
-__all__ = ["PreconditionedConfig"]
+__all__ = ["PreconditionedConfig", "PreconditionedOptimizer"]
 
-Opt = TypeVar("Opt", bound=AdamWForOthers)
+
+class PreconditionedOptimizer(MatrixAndAdamW):
+    """
+    A rule whose state is that of whole matrices, the moments too: it belongs to the rank that owns
+    the matrix, which receives the gradient.
+    """
+
+    matrix_buffers = ()
+
+    def on_shards(
+        self,
+        group: Mapping[str, Any],
+        grad: torch.Tensor,
+        buffers: Sequence[torch.Tensor],
+        numbers: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, ...]:
+        return (grad,)
+
+    def report(
+        self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
+    ) -> Dict[str, torch.Tensor]:
+        return {"update RMS": update_rms(updates, 1.0)}
+
+
+Opt = TypeVar("Opt", bound=PreconditionedOptimizer)
 
 
 @dataclass

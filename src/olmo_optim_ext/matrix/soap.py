@@ -18,9 +18,8 @@ from ..engine.hyperparameters import to_flag
 from ..engine.matrix import Owned
 from ..linalg.eigenbasis import eigenbasis, gram_average, power_step
 from ..linalg.precision import full_precision
-from .base import AdamWOptions, MatrixAndAdamW
-from .preconditioned import PreconditionedConfig
-from .reports import update_rms
+from .base import AdamWOptions
+from .preconditioned import PreconditionedConfig, PreconditionedOptimizer
 
 __all__ = ["Soap", "SoapConfig", "adam_in_basis", "rotate", "rotate_back"]
 
@@ -102,7 +101,7 @@ class SoapOptions(AdamWOptions, total=False):
     float64_on_failure: bool
 
 
-class Soap(MatrixAndAdamW):
+class Soap(PreconditionedOptimizer):
     """
     With ``g' = Q_L g Q_R^T`` and Adam's moments ``m`` and ``v`` of ``g'``, in the basis::
 
@@ -125,7 +124,6 @@ class Soap(MatrixAndAdamW):
     """
 
     algorithm = "soap"
-    matrix_buffers = ()
     host_factors = (UPDATES,)
     nullable = frozenset({"shampoo_beta"})
 
@@ -169,15 +167,6 @@ class Soap(MatrixAndAdamW):
             *("stagger", "float64_on_failure"),
         ):
             to_flag(group[flag], flag, type(self).__name__)
-
-    def on_shards(
-        self,
-        group: Mapping[str, Any],
-        grad: torch.Tensor,
-        buffers: Sequence[torch.Tensor],
-        numbers: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, ...]:
-        return (grad,)
 
     def factor_shapes(
         self, group: Mapping[str, Any], n_out: int, n_in: int
@@ -270,7 +259,7 @@ class Soap(MatrixAndAdamW):
         self, group: Mapping[str, Any], owned: Owned, updates: torch.Tensor
     ) -> Dict[str, torch.Tensor]:
         return {
-            "update RMS": update_rms(updates, 1.0),
+            **super().report(group, owned, updates),
             "failed refreshes": owned.factors[FAILURES][:, 0].clone(),
         }
 

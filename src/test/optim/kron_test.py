@@ -17,6 +17,7 @@ from olmo_optim_ext.matrix.kron import FACTORS, UpdateSchedule, clipped, sides
 
 from .case import MATRICES, MixedShapes, grads_at, relative_error, train, weights
 from .kron_cases import KRON, PRO, SCHEDULE, package_kron
+from .models import StackShapes
 
 
 def test_the_schedule_is_the_counter_of_the_package_and_a_function_of_the_call_alone():
@@ -49,31 +50,13 @@ def test_factors_move_in_the_calls_of_the_schedule_only(update: KronFit):
     assert 0 < sum(moved) < 30
 
 
-class Shapes(nn.Module):
-    """A square, a stack of three matrices, a vector and a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, generator=generator) * 0.2)
-
-        self.square = parameter(9, 9)
-        self.stack = nn.Conv1d(12, 21, 1, groups=3, bias=False)  # a group is a matrix
-        self.stack.weight = parameter(21, 4, 1)
-        self.gain = parameter(7)
-        self.merged = nn.Conv1d(3, 6, 16, bias=False)
-        self.merged.weight = parameter(6, 3, 16)
-
-
 def test_a_stack_a_vector_and_merged_dimensions_are_what_the_package_makes_of_each():
     as_matrix = OptimGroupOverride(["stack.weight", "merged.weight"], {"role": "matrix"})
     fields: Dict[str, Any] = dict(lr=0.01, momentum=0.9, weight_decay=0.1)
     config = KronConfig(
         **fields, balance_prob=0.0, precondition_1d=True, group_overrides=[as_matrix]
     )
-    model, start = Shapes(), weights(Shapes())
+    model, start = StackShapes(), weights(StackShapes())
     names = ["square", *(f"stack.weight[{i}]" for i in range(3)), "gain", "merged.weight"]
 
     def parts(of: Dict[str, torch.Tensor]) -> List[torch.Tensor]:
@@ -86,7 +69,7 @@ def test_a_stack_a_vector_and_merged_dimensions_are_what_the_package_makes_of_ea
     package_kron(
         names,
         params,
-        lambda step: parts(grads_at(step, Shapes())),
+        lambda step: parts(grads_at(step, StackShapes())),
         50,
         leaks=False,
         balance_prob=0.0,

@@ -56,6 +56,24 @@ class LargeShapes(nn.Module):
         _fill(self, seed)
 
 
+class StackShapes(nn.Module):
+    """A square, a stack of three matrices, a vector and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator) * 0.2)
+
+        self.square = parameter(9, 9)
+        self.stack = nn.Conv1d(12, 21, 1, groups=3, bias=False)  # a group is a matrix
+        self.stack.weight = parameter(21, 4, 1)
+        self.gain = parameter(7)
+        self.merged = nn.Conv1d(3, 6, 16, bias=False)
+        self.merged.weight = parameter(6, 3, 16)
+
+
 def _fill(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

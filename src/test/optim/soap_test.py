@@ -18,24 +18,8 @@ from olmo_optim_ext.linalg import eigenbasis as eigenbasis_module
 from olmo_optim_ext.matrix.soap import EIGVECS, EXP_AVG, FAILURES, UPDATES, rotate_back
 
 from .case import MATRICES, MixedShapes, grads_at, relative_error, train, weights
-from .models import LargeShapes
+from .models import LargeShapes, StackShapes
 from .soap_cases import SOAP, package_soap
-
-
-class Shapes(nn.Module):
-    """A square, a stack of three matrices and a vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape, generator=generator) * 0.2)
-
-        self.square = parameter(9, 9)
-        self.stack = nn.Conv1d(12, 21, 1, groups=3, bias=False)  # a group is a matrix
-        self.stack.weight = parameter(21, 4, 1)
-        self.gain = parameter(7)
 
 
 def run(config: SoapConfig, model: nn.Module, steps: int) -> Dict[str, torch.Tensor]:
@@ -53,7 +37,7 @@ def test_a_stack_and_a_vector_are_what_the_package_makes_of_each_matrix():
     # Before 7 gradients the Gram matrix of the vector has a null space.
     fields = {**FIELDS, "precondition_frequency": 10}
     config = SoapConfig(**fields, precondition_1d=True, group_overrides=[as_matrix])
-    model, start = Shapes(), weights(Shapes())
+    model, start = StackShapes(), weights(StackShapes())
     got = run(config, model, 50)
 
     def parts(of: Dict[str, torch.Tensor]) -> List[torch.Tensor]:
@@ -63,7 +47,7 @@ def test_a_stack_and_a_vector_are_what_the_package_makes_of_each_matrix():
     params = [nn.Parameter(part.clone()) for part in parts(start)]
     package_soap(
         params,
-        lambda step: parts(grads_at(step, Shapes())),
+        lambda step: parts(grads_at(step, StackShapes())),
         50,
         0.95,
         precondition_1d=True,
