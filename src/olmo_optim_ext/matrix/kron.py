@@ -318,7 +318,13 @@ class Kron(PreconditionedOptimizer):
         return 1.0
 
     def cost(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
-        return kron_flops(n_out, n_in, sides(group, n_out, n_in), group)
+        share = group["precond_update_prob_min"]
+        return kron_flops(n_out, n_in, sides(group, n_out, n_in), group, share)
+
+    def flops(self, group: Mapping[str, Any], n_out: int, n_in: int) -> float:
+        # Of one of the first steps, which fit more often.
+        share = group["precond_update_prob_max"]
+        return kron_flops(n_out, n_in, sides(group, n_out, n_in), group, share)
 
 
 def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[int, bool]:
@@ -342,10 +348,14 @@ def sides(group: Mapping[str, Any], n_out: int, n_in: int) -> Dict[int, bool]:
     return diagonal
 
 
-def kron_flops(n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str, Any]) -> float:
+def kron_flops(
+    n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str, Any], share: float
+) -> float:
     """
-    Floating point operations of a step in the long run: those of the products, of which triangular
+    Floating point operations of a step, on average: those of the products, of which triangular
     factors need half, and some for each element.
+
+    :param share: Of the steps in which factors are fitted.
     """
     pro, elements = group["update"] == KronFit.pro, 1.0 * n_out * n_in
     applied, fitted = 12 * elements, 20 * elements
@@ -356,7 +366,7 @@ def kron_flops(n_out: int, n_in: int, at: Mapping[int, bool], group: Mapping[str
         product = 2.0 * n * elements
         applied += (2 if pro else 1) * product
         fitted += 2.5 * product + 7.0 * n**3 if pro else 2 * product + n**3 / 3
-    return applied + fitted * group["precond_update_prob_min"]
+    return applied + fitted * share
 
 
 @OptimConfig.register("kron")
