@@ -11,7 +11,7 @@ from .structured import orthonormal_columns, symmetric_product
 
 __all__ = ["eigenbasis", "gram_average", "power_step"]
 
-Sides = Tuple[torch.Tensor, torch.Tensor]
+Found = Tuple[torch.Tensor, torch.Tensor]
 
 
 @full_precision()
@@ -25,7 +25,7 @@ def gram_average(gram: torch.Tensor, x: torch.Tensor, beta: float) -> torch.Tens
     return symmetric_product(x, gram, beta, 1 - beta)
 
 
-def eigenbasis(gram: torch.Tensor, float64_on_failure: bool = True) -> Sides:
+def eigenbasis(gram: torch.Tensor, float64_on_failure: bool = True) -> Found:
     """
     Orthonormal eigenvectors, in rows, that of the largest eigenvalue first. Those of the null
     space, and of eigenvalues that are alike, are arbitrary.
@@ -74,6 +74,6 @@ def power_step(gram: torch.Tensor, basis: torch.Tensor) -> Tuple[torch.Tensor, .
     return new, torch.where(found.unsqueeze(-1), order, unsorted), found
 
 
-def _kept_if_finite(new: torch.Tensor, old: torch.Tensor) -> Sides:
+def _kept_if_finite(new: torch.Tensor, old: torch.Tensor) -> Found:
     found = new.sum((-2, -1)).isfinite()
     return torch.where(found[:, None, None], new, old), found

@@ -23,7 +23,7 @@ def symmetric_product(
     x: torch.Tensor, added: Optional[torch.Tensor] = None, beta: float = 0.0, alpha: float = 1.0
 ) -> torch.Tensor:
     """
-    ``beta added + alpha x x^T``.
+    ``x x^T``; with :paramref:`added`, ``beta added + alpha x x^T``.
 
     :param x: Shape ``(k, m, n)``.
     :param added: Symmetric, ``(k, m, m)``.
@@ -32,7 +32,7 @@ def symmetric_product(
     for begin, end in _blocks(x.shape[1]):
         rows, others = x[:, begin:end], x[:, :end].mT
         if added is None:
-            part = rows @ others if alpha == 1.0 else (rows @ others) * alpha
+            part = rows @ others
         else:
             part = torch.baddbmm(added[:, begin:end, :end], rows, others, beta=beta, alpha=alpha)
         out[:, begin:end, :end] = part

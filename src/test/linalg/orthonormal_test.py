@@ -63,10 +63,11 @@ def rounding(shape: Tuple[int, int], method: Orthonormalization) -> float:
     """
     rows, cols = shape
     sketch, eps = math.ceil(1.25 * cols / 128) * 128, torch.finfo(torch.float32).eps
+    householder = 2 * eps * math.sqrt(rows)
     if method == Orthonormalization.qr or sketch >= rows:
-        return 2 * eps * math.sqrt(rows)
+        return householder
     root = math.sqrt(cols / sketch)
-    return 2 * eps * ((1 + root) / (1 - root)) ** 2
+    return max(householder, eps / 2 * ((1 + root) / (1 - root)) ** 2)
 
 
 def span_difference(p: torch.Tensor, q: torch.Tensor) -> float:
