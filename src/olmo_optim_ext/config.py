@@ -26,7 +26,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import INITIAL_LR_FIELD, LR_FIELD, OptimConfig
 from olmo_core.utils import move_to_device
 
-from .engine.base import CALLS, ExtOptimizer
+from .engine.base import ExtOptimizer
 from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
 from .engine.layout import MatrixLayout
 from .engine.matrix_base import ALGORITHM, MatrixBase
@@ -198,7 +198,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
         by_name: Dict[str, Dict[str, Any]] = {}
         for index, override in enumerate(self.group_overrides or []):
             opts = dict(override.opts)
-            if reserved := opts.keys() & {"params", ALGORITHM, CALLS}:
+            if reserved := opts.keys() & {"params", ALGORITHM, *self.optimizer().counters}:
                 raise OLMoConfigurationError(
                     f"{_name(self)}: '{min(reserved)}' cannot be set in 'group_overrides' {index}, "
                     "allowed are hyperparameters, and role for rules for matrices"
@@ -235,7 +235,7 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                 group[LR_FIELD] = move_to_device(torch.tensor(group[LR_FIELD]), self.device)
         _let_config_win(optim)
         for index, group in enumerate(optim.param_groups):
-            fields = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", CALLS))
+            fields = ", ".join(f"{k}={v}" for k, v in _settings(optim, group).items())
             log.info(f"{_name(optim)} group {index}, {len(group['params'])} parameters: {fields}")
         return optim
 
@@ -244,11 +244,12 @@ def _name(x: object) -> str:
     return type(x).__name__
 
 
+def _settings(optim: ExtOptimizer, group: Mapping[str, Any]) -> Dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", *optim.counters)}
+
+
 def _let_config_win(optim: ExtOptimizer) -> None:
-    own = [
-        {k: v for k, v in group.items() if k not in ("params", CALLS)}
-        for group in optim.param_groups
-    ]
+    own = [_settings(optim, group) for group in optim.param_groups]
 
     def restore(loaded: torch.optim.Optimizer) -> None:
         changed = []

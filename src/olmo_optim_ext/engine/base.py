@@ -34,7 +34,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import SkipStepOptimizer
 from torch.distributed.tensor import DTensor
 
-from .gate import GATE_STATE, all_finite, decide, gate_state
+from .gate import all_finite, decide, gate_state
 from .hyperparameters import Allowed, check_hyperparameters, to_flag
 
 __all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
@@ -122,6 +122,12 @@ class ExtOptimizer(SkipStepOptimizer):
     nullable: ClassVar[FrozenSet[str]] = frozenset()
     """Hyperparameters of groups for which ``None`` is a value."""
 
+    counters: ClassVar[Tuple[str, ...]] = (CALLS,)
+    """Param-group keys of host integers that only count, the same in every group, from 0."""
+
+    exact_buffers: ClassVar[FrozenSet[str]] = frozenset()
+    """Of :meth:`buffers` those that are like weights: ``state_dtype`` does not apply to them."""
+
     def __init__(
         self,
         params: Any,
@@ -150,11 +156,16 @@ class ExtOptimizer(SkipStepOptimizer):
         self._clocks: List[torch.Tensor] = []
         self._latest: Dict[str, Optional[torch.Tensor]] = {"loss": None, "grad_norm": None}
         self._proceed: Optional[torch.Tensor] = None
-        self._gate_holder: Optional[torch.Tensor] = None
+        self._shared_holder: Optional[torch.Tensor] = None
+        self._shared_keys: FrozenSet[str] = frozenset()
         self._complete = False
         super().__init__(
             params,
-            {**defaults, "cautious_weight_decay": cautious_weight_decay, CALLS: 0},
+            {
+                **defaults,
+                "cautious_weight_decay": cautious_weight_decay,
+                **dict.fromkeys(self.counters, 0),
+            },
             rolling_interval_length=rolling_interval_length,
             sigma_factor=sigma_factor,  # type: ignore[arg-type]
         )
@@ -166,12 +177,28 @@ class ExtOptimizer(SkipStepOptimizer):
         if not self.state:
             return
         # The first by name, so that it does not depend on the groups.
-        holder, before = min(self.state, key=self.name_of), self._gate_holder
+        holder, before = min(self.state, key=self.name_of), self._shared_holder
         if before is None:
-            self.state[holder].update(gate_state(holder.device))
+            shared = self.shared_state(holder.device)
+            self._shared_keys = frozenset(shared)
+            self.state[holder].update(shared)
         elif before is not holder:
-            self.state[holder].update({key: self.state[before].pop(key) for key in GATE_STATE})
-        self._gate_holder = holder
+            moved = {key: self.state[before].pop(key) for key in sorted(self._shared_keys)}
+            self.state[holder].update(moved)
+        self._shared_holder = holder
+
+    def shared_state(self, device: torch.device) -> Dict[str, torch.Tensor]:
+        """
+        New state that belongs to no parameter, the same on all ranks: that of the gate, to which a
+        subclass may add. :data:`shared` is where it lives.
+        """
+        return gate_state(device)
+
+    @property
+    def shared(self) -> Dict[str, torch.Tensor]:
+        """The state of the parameter that holds what :meth:`shared_state` made."""
+        assert self._shared_holder is not None
+        return self.state[self._shared_holder]
 
     @property
     def latest_loss(self) -> Optional[torch.Tensor]:
@@ -227,7 +254,7 @@ class ExtOptimizer(SkipStepOptimizer):
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         named = [p if isinstance(p, tuple) else (None, p) for p in params]
         group["params"] = [p for _, p in named]
-        known = {*self.defaults, "initial_lr"} - {CALLS}
+        known = {*self.defaults, "initial_lr"} - {*self.counters}
         for key in group.keys() - {"params"}:
             is_none = group[key] is None and self.defaults.get(key) is not None
             if key not in known or (is_none and key not in self.nullable):
@@ -252,7 +279,7 @@ class ExtOptimizer(SkipStepOptimizer):
 
         super().add_param_group(group)
         group = self.param_groups[-1]
-        group[CALLS] = self.param_groups[0][CALLS]
+        group.update({key: self.param_groups[0][key] for key in self.counters})
         for name, param in named:
             self._names[param] = name if name is not None else f"param.{len(self._names)}"
         self._clocks.append(self._create_state(group))
@@ -276,7 +303,9 @@ class ExtOptimizer(SkipStepOptimizer):
             self.state[param] = {STEP: step}
             for name in self.buffers(group):
                 self.state[param][name] = torch.zeros_like(
-                    param, dtype=buffer_dtype, memory_format=torch.contiguous_format
+                    param,
+                    dtype=dtype if name in self.exact_buffers else buffer_dtype,
+                    memory_format=torch.contiguous_format,
                 )
         return clock
 
@@ -321,9 +350,8 @@ class ExtOptimizer(SkipStepOptimizer):
             return None
         proceed = None
         if loss is not None or grad_norm is not None:
-            assert self._gate_holder is not None
             proceed = decide(
-                self.state[self._gate_holder],
+                self.shared,
                 loss,
                 grad_norm,
                 self.rolling_interval_length,
@@ -435,12 +463,12 @@ class ExtOptimizer(SkipStepOptimizer):
         saved_groups = state_dict["param_groups"]
         saved_of = self._match(saved_groups, state_dict.get("param_names"))
         saved_states = [dict(saved) for saved in state_dict["state"].values()]
-        shared = {key: s.pop(key) for s in saved_states for key in GATE_STATE if key in s}
+        shared = {key: s.pop(key) for s in saved_states for key in self._shared_keys if key in s}
         state_of = dict(zip(state_dict["state"], saved_states))
         pairs = []
         for param in self.state:
             saved = state_of.get(saved_of[param][1], {})
-            pairs.append((param, {**saved, **shared} if param is self._gate_holder else saved))
+            pairs.append((param, {**saved, **shared} if param is self._shared_holder else saved))
         for param, saved in pairs:
             self._check_param_state(param, saved)
         for param, saved in pairs:

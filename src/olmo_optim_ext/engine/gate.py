@@ -15,15 +15,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-__all__ = ["CAPACITY", "GATE_STATE", "all_finite", "gate_state", "decide"]
+__all__ = ["CAPACITY", "all_finite", "gate_state", "decide"]
 
 CAPACITY = 1024
 """
 How many steps the history holds, whatever the window: so a run may continue with another window.
 """
-
-GATE_STATE = ("gate_count", "gate_history")
-"""State keys of the history, which one parameter holds for all."""
 
 
 def gate_state(device: torch.device) -> Dict[str, torch.Tensor]:

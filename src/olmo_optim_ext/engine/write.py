@@ -43,8 +43,8 @@ def rounding_of(
     call: int,
     seed: int,
 ) -> Optional[Rounding]:
-    """``None`` for state that is not bfloat16."""
-    if not buffers or buffers[0].dtype != torch.bfloat16:
+    """``None`` if no state is bfloat16."""
+    if all(buffer.dtype != torch.bfloat16 for buffer in buffers):
         return None
     name = names[member.param]
     # Filled on the device: a copy from the host would be a sync.
@@ -75,7 +75,7 @@ def write_state(
     :param proceed: Whether the step is taken, 0-d; ``None`` without a gate.
     """
     for i, (buffer, new) in enumerate(zip(buffers, new_buffers)):
-        if rounding is not None:
+        if rounding is not None and buffer.dtype == torch.bfloat16:
             places = rounding.places
             if places.ndim == 0:  # of the first of consecutive elements
                 places = torch.arange(buffer.numel(), device=buffer.device) + places

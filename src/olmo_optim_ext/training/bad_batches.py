@@ -6,7 +6,7 @@ among the metrics.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Dict
+from typing import ClassVar
 
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
@@ -48,7 +48,7 @@ class BadBatchCallback(Callback):
         if loss is None:  # one of the trainer's ``steps_to_skip``
             return
         optim = self._optimizer()
-        gate = _gate_of(optim)
+        gate = optim.shared
         # Of the gate's history, as it is in the checkpoint; it has finite losses only.
         known, last = gate["gate_count"][0] > 0, gate["gate_history"][0, -1]
         bad = ~loss.isfinite()
@@ -71,8 +71,3 @@ class BadBatchCallback(Callback):
                 f"{type(optim).__name__}, allowed are optimizers of olmo_optim_ext"
             )
         return optim
-
-
-def _gate_of(optim: ExtOptimizer) -> Dict[str, torch.Tensor]:
-    """The state of the parameter that holds the gate's history."""
-    return next(state for state in optim.state.values() if "gate_history" in state)
