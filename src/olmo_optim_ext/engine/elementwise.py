@@ -14,7 +14,6 @@ from types import FunctionType
 from typing import (
     Any,
     Callable,
-    ClassVar,
     Dict,
     Iterable,
     List,
@@ -27,37 +26,74 @@ from typing import (
 )
 
 import torch
+from olmo_core.config import StrEnum
 from olmo_core.distributed.utils import get_local_tensor
+from olmo_core.exceptions import OLMoConfigurationError
 
 from .base import CALLS, ExtOptimizer, GroupWork, Member
+from .hyperparameters import to_flag
 from .placement import sharding_dims, sum_over_shards
 from .write import Rounding, chunks, rounding_of, some_of, write_state, write_weights
 
 __all__ = [
+    "DECOUPLED",
     "ElementwiseOptimizer",
     "ElementwiseRule",
     "Scalar",
     "WholeSums",
     "apply_rule",
     "bias_correction",
+    "decoupled_decay",
     "forget_compiled",
+    "no_decay",
+    "sum_over_model",
 ]
+
+DECOUPLED = "decoupled_weight_decay"
+"""
+Param-group key of rules that offer both: true for ``p <- (1 - lr * weight_decay) p``, false for L2,
+``g <- g + weight_decay * p`` before anything else.
+"""
 
 Scalar = Union[float, torch.Tensor]
 """A host number, or a tensor of shape ``(n,)`` with a value for each parameter of the group."""
 
 Update = Callable[..., Tuple[torch.Tensor, ...]]
+SumsOf = Callable[..., Sequence[torch.Tensor]]
+
+
+class _Decay(StrEnum):
+    decoupled = "decoupled"
+    cautious = "cautious"
+    l2 = "l2"
+
+
+def _decay_of(group: Mapping[str, Any]) -> _Decay:
+    if not group.get(DECOUPLED, True):
+        return _Decay.l2
+    return _Decay.cautious if group["cautious_weight_decay"] else _Decay.decoupled
+
+
+def decoupled_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
+    """``1 - lr * weight_decay``."""
+    return 1 - group["lr"] * group["weight_decay"]
+
+
+def no_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
+    """Of rules whose update has it already."""
+    return 1.0
 
 
 @dataclass(frozen=True)
 class WholeSums:
     """Numbers that a rule needs of the whole parameter."""
 
-    of: Callable[..., Sequence[torch.Tensor]]
+    of: SumsOf
     """
     ``(param, grad, *buffers, scalars) -> 0-d tensors``: sums over the elements given, with the
-    arguments of :data:`ElementwiseRule.update` but for the last scalars. They are added over the
-    whole parameter, on all ranks, in float64: counts are exact.
+    arguments of :data:`ElementwiseRule.update` but for the last scalars, and the gradient without
+    L2 weight decay. They are added over the whole parameter, on all ranks, in float64: counts are
+    exact.
     """
 
     scalars: Callable[..., Sequence[torch.Tensor]]
@@ -73,7 +109,8 @@ class ElementwiseRule:
     An update rule as pure functions. What :data:`update` says is subtracted from the parameter
     after decoupled weight decay, which is the engine's part: ``p <- (1 - lr * weight_decay) p``, or
     with ``cautious_weight_decay`` (arXiv:2510.12402) the same only where update and parameter do
-    not differ in sign.
+    not differ in sign. Where a group's :data:`DECOUPLED` is false it is the gradient that the
+    engine changes, ``g <- g + weight_decay * p``.
     """
 
     buffers: Tuple[str, ...]
@@ -92,6 +129,9 @@ class ElementwiseRule:
 
     sums: Optional[WholeSums] = None
 
+    decay: Callable[[Mapping[str, Any], torch.Tensor], Scalar] = decoupled_decay
+    """From the group and its clock: by what decoupled weight decay multiplies the parameter."""
+
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
     """
@@ -102,6 +142,10 @@ def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
     if beta == 0.0:
         return torch.ones_like(step)
     return -torch.expm1(step * math.log(beta))
+
+
+LEADING = 2
+"""Scalars that are the engine's: the factor of decoupled weight decay, and that of L2."""
 
 
 class _Job(NamedTuple):
@@ -123,7 +167,7 @@ class _Call(NamedTuple):
     grad: torch.Tensor
     buffers: List[torch.Tensor]
     scalars: torch.Tensor
-    """The decay factor and the rule's scalars, ``(1 + k,)``."""
+    """:data:`LEADING` scalars and the rule's, ``(LEADING + k,)``."""
     rounding: Optional[Rounding]
 
     def kind(self) -> Tuple[Any, ...]:
@@ -155,7 +199,7 @@ def apply_rule(
     if sums is not None and not all(job.whole for its_jobs in jobs for job in its_jobs):
         scalars = _with_sums(sums, work, jobs, scalars, compiled)
         sums = None
-    for cautious_decay in (False, True):
+    for decay in dict.fromkeys(_decay_of(each.group) for each in work):
         # One by one: where shards are not consecutive, places for rounding take much memory.
         calls = (
             _Call(
@@ -163,12 +207,12 @@ def apply_rule(
                 rounding_of(job.member, job.buffers, names, each.group[CALLS], seed),
             )
             for each, its_jobs, its_scalars in zip(work, jobs, scalars)
-            if bool(each.group["cautious_weight_decay"]) == cautious_decay
+            if _decay_of(each.group) == decay
             for job, its in zip(its_jobs, its_scalars)
             if job.param.numel() > 0
         )
         update = _update_compiled if compiled else _update_in_chunks
-        update(rule, sums, calls, work[0].proceed, cautious_decay)
+        update(rule, sums, calls, work[0].proceed, decay)
     for job in (job for its_jobs in jobs for job in its_jobs):
         local = get_local_tensor(job.member.param)
         if not local.is_contiguous():  # then the flat one is a copy
@@ -191,9 +235,13 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scalars(rule: ElementwiseRule, each: GroupWork) -> List[torch.Tensor]:
-    """For each member the decay factor and the rule's scalars, ``(1 + k,)``."""
+    """For each member :data:`LEADING` scalars and the rule's, ``(LEADING + k,)``."""
     group = each.group
-    values = [1 - group["lr"] * group["weight_decay"], *rule.scalars(group, each.clock)]
+    if _decay_of(group) == _Decay.l2:
+        leading: Tuple[Scalar, ...] = (1.0, group["weight_decay"])
+    else:
+        leading = (rule.decay(group, each.clock), 0.0)
+    values = [*leading, *rule.scalars(group, each.clock)]
     columns = [
         value if isinstance(value, torch.Tensor) else torch.full_like(each.clock, value)
         for value in values
@@ -211,21 +259,44 @@ def _with_sums(
     compiled: bool,
 ) -> List[List[torch.Tensor]]:
     """The scalars with those that follow from sums: one exchange for all parameters of a step."""
-    params, local, numels = [], [], []
-    compiled_sums = _compiled_sums(sums) if compiled else _sums_in_chunks
+    totals = _whole_sums(sums.of, jobs, scalars, compiled)
+    numels = tuple(job.member.param.numel() for its_jobs in jobs for job in its_jobs)
+    numel = _float64(numels, totals.device)
+    flat = torch.stack([its for its_scalars in scalars for its in its_scalars])
+    more = sums.scalars(totals.unbind(1), numel, flat[:, LEADING:].unbind(1))
+    rows = iter(torch.cat([flat, torch.stack(list(more), dim=1).to(flat)], dim=1).unbind())
+    return [[next(rows).detach() for _ in its_scalars] for its_scalars in scalars]
+
+
+def sum_over_model(
+    rule: ElementwiseRule, of: SumsOf, work: Sequence[GroupWork], compiled: bool
+) -> torch.Tensor:
+    """
+    What :data:`WholeSums.of` is, added over all parameters, on all ranks.
+
+    :returns: Shape ``(r,)``, float64.
+    """
+    jobs = [[_job(rule, member) for member in each.members] for each in work]
+    scalars = [_scalars(rule, each) for each in work]
+    return _whole_sums(of, jobs, scalars, compiled).sum(0)
+
+
+def _whole_sums(
+    of: SumsOf,
+    jobs: Sequence[Sequence[_Job]],
+    scalars: Sequence[Sequence[torch.Tensor]],
+    compiled: bool,
+) -> torch.Tensor:
+    """For each parameter, those of the first group first, its sums: ``(n, r)``, float64."""
+    params, local = [], []
+    compiled_sums = _compiled_sums(of) if compiled else _sums_in_chunks
     for its_jobs, its_scalars in zip(jobs, scalars):
         for job, its in zip(its_jobs, its_scalars):
             params.append(job.member.param)
-            numels.append(job.member.param.numel())
             # As in _update_compiled: no kernel of their own for lengths 0 and 1.
             count = compiled_sums if job.param.numel() > 1 else _sums_in_chunks
-            local.append(count(sums, job.param, job.grad, job.buffers, its))
-    totals = sum_over_shards(params, torch.stack(local)).unbind(1)
-    numel = _float64(tuple(numels), local[0].device)
-    flat = torch.stack([its for its_scalars in scalars for its in its_scalars])
-    more = torch.stack(list(sums.scalars(totals, numel, flat[:, 1:].unbind(1))), dim=1)
-    rows = iter(torch.cat([flat, more.to(flat)], dim=1).unbind())
-    return [[next(rows).detach() for _ in its_scalars] for its_scalars in scalars]
+            local.append(count(of, job.param, job.grad, job.buffers, its))
+    return sum_over_shards(params, torch.stack(local))
 
 
 @lru_cache(maxsize=64)
@@ -235,7 +306,7 @@ def _float64(values: Tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _local_sums(
-    sums: WholeSums,
+    of: SumsOf,
     param: torch.Tensor,
     grad: torch.Tensor,
     buffers: Sequence[torch.Tensor],
@@ -243,18 +314,18 @@ def _local_sums(
 ) -> torch.Tensor:
     work = scalars.dtype
     args = (x.to(work) for x in (param, grad, *buffers))
-    return torch.stack([part.to(torch.float64) for part in sums.of(*args, scalars[1:])])
+    return torch.stack([part.to(torch.float64) for part in of(*args, scalars[LEADING:])])
 
 
 def _sums_in_chunks(
-    sums: WholeSums,
+    of: SumsOf,
     param: torch.Tensor,
     grad: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
 ) -> torch.Tensor:
     parts = [
-        _local_sums(sums, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars)
+        _local_sums(of, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars)
         for i, j in chunks(param)
     ]
     return torch.stack(parts).sum(dim=0)
@@ -263,7 +334,7 @@ def _sums_in_chunks(
 def _and_from_sums(
     sums: WholeSums, local: torch.Tensor, numel: int, scalars: torch.Tensor
 ) -> torch.Tensor:
-    more = sums.scalars(local.unbind(), numel, scalars[1:].unbind())
+    more = sums.scalars(local.unbind(), numel, scalars[LEADING:].unbind())
     return torch.cat([scalars, torch.stack(list(more)).to(scalars)])
 
 
@@ -275,17 +346,19 @@ def _update_in_place(
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
     proceed: Optional[torch.Tensor],
-    cautious_decay: bool,
+    decay: _Decay,
     rounding: Optional[Rounding],
 ) -> None:
     if sums is not None:
-        local = _local_sums(sums, param, grad, buffers, scalars)
+        local = _local_sums(sums.of, param, grad, buffers, scalars)
         scalars = _and_from_sums(sums, local, param.numel(), scalars)
     work = scalars.dtype
-    old = param.to(work)
-    args = (grad.to(work), *(buffer.to(work) for buffer in buffers), scalars[1:])
+    old, grad = param.to(work), grad.to(work)
+    if decay == _Decay.l2:
+        grad = grad + old * scalars[1]
+    args = (grad, *(buffer.to(work) for buffer in buffers), scalars[LEADING:])
     step, *new_buffers = update(old, *args)
-    write_weights(param, old, step, scalars[0], proceed, cautious_decay)
+    write_weights(param, old, step, scalars[0], proceed, decay == _Decay.cautious)
     write_state(buffers, new_buffers, proceed, rounding)
 
 
@@ -294,16 +367,16 @@ def _update_in_chunks(
     sums: Optional[WholeSums],
     calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
-    cautious_decay: bool,
+    decay: _Decay,
 ) -> None:
     for param, grad, buffers, scalars, rounding in calls:
         if sums is not None:
-            local = _sums_in_chunks(sums, param, grad, buffers, scalars)
+            local = _sums_in_chunks(sums.of, param, grad, buffers, scalars)
             scalars = _and_from_sums(sums, local, param.numel(), scalars)
         for i, j in chunks(param):
             _update_in_place(
                 *(rule.update, None, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars),
-                *(proceed, cautious_decay, some_of(rounding, i, j)),
+                *(proceed, decay, some_of(rounding, i, j)),
             )
 
 
@@ -322,11 +395,11 @@ def _update_batch(
     buffers: Sequence[Sequence[torch.Tensor]],
     scalars: torch.Tensor,
     proceed: Optional[torch.Tensor],
-    cautious_decay: bool,
+    decay: _Decay,
     roundings: Sequence[Optional[Rounding]],
 ) -> None:
     for args in zip(params, grads, buffers, scalars.unbind(), roundings):
-        _update_in_place(update, sums, *args[:4], proceed, cautious_decay, args[4])
+        _update_in_place(update, sums, *args[:4], proceed, decay, args[4])
 
 
 def _update_compiled(
@@ -334,7 +407,7 @@ def _update_compiled(
     sums: Optional[WholeSums],
     calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
-    cautious_decay: bool,
+    decay: _Decay,
 ) -> None:
     compiled = _compiled(rule, sums)
 
@@ -343,17 +416,17 @@ def _update_compiled(
         # Stacked anew, because dynamo guards on what a tensor is a view of.
         compiled.function(
             *(rule.update, sums, params, grads, buffers, torch.stack(scalars)),
-            *(proceed, cautious_decay, roundings),
+            *(proceed, decay, roundings),
         )
 
     calls = list(calls)
     # dynamo makes a kernel of its own for a length of 1; a shard of one element is not worth it.
     single = [call for call in calls if call.param.numel() == 1]
-    _update_in_chunks(rule, sums, single, proceed, cautious_decay)
+    _update_in_chunks(rule, sums, single, proceed, decay)
     kinds: Dict[Any, List[_Call]] = {}
     for call in calls:
         if call.param.numel() > 1:
-            kinds.setdefault((call.kind(), proceed is None, cautious_decay), []).append(call)
+            kinds.setdefault((call.kind(), proceed is None, decay), []).append(call)
     for kind, some in kinds.items():
         if kind not in compiled.padding:
             # The first time with all lengths different: dynamo takes equal ones for the same.
@@ -402,8 +475,8 @@ def forget_compiled() -> None:
 
 
 @lru_cache(maxsize=None)
-def _compiled_sums(sums: WholeSums) -> Callable[..., Any]:
-    return _compile(_local_sums, f"{sums.of.__name__}_sums")
+def _compiled_sums(of: SumsOf) -> Callable[..., Any]:
+    return _compile(_local_sums, f"{of.__name__}_sums")
 
 
 def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -422,14 +495,32 @@ def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 class ElementwiseOptimizer(ExtOptimizer):
     """
-    An optimizer with one :class:`ElementwiseRule` for all of its parameters.
+    An optimizer with one :class:`ElementwiseRule` for all of its parameters, or by group.
     """
 
-    rule: ClassVar[ElementwiseRule]
+    rule: ElementwiseRule
+
+    def rule_of(self, group: Mapping[str, Any]) -> ElementwiseRule:
+        """The rule of a group's parameters, which never changes."""
+        del group
+        return self.rule
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
-        del group
-        return self.rule.buffers
+        return self.rule_of(group).buffers
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        if DECOUPLED not in group:
+            return
+        if not to_flag(group[DECOUPLED], DECOUPLED, type(self).__name__):
+            if group["cautious_weight_decay"]:
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
+                    "allowed is True, as L2 weight decay has no mask"
+                )
 
     def update(self, work: Sequence[GroupWork]) -> None:
-        apply_rule(self.rule, work, self._names, self._compile, self._seed)
+        by_rule: Dict[ElementwiseRule, List[GroupWork]] = {}
+        for each in work:
+            by_rule.setdefault(self.rule_of(each.group), []).append(each)
+        for rule, some in by_rule.items():
+            apply_rule(rule, some, self._names, self._compile, self._seed)
