@@ -26,10 +26,10 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import INITIAL_LR_FIELD, LR_FIELD, OptimConfig
 from olmo_core.utils import move_to_device
 
-from .engine.base import ExtOptimizer
+from .engine.base import ALGORITHM, ExtOptimizer
 from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
 from .engine.layout import MatrixLayout
-from .engine.matrix_base import ALGORITHM, MatrixBase
+from .engine.matrix_base import MatrixBase
 from .engine.placement import data_parallel_group
 from .engine.roles import (
     ParamRole,

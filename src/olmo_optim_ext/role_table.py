@@ -11,7 +11,8 @@ import torch.nn as nn
 from olmo_core.optim import INITIAL_LR_FIELD, OptimConfig
 
 from .config import ExtOptimConfig, MatrixOptimConfig
-from .engine.matrix_base import ALGORITHM, MatrixBase
+from .engine.base import ALGORITHM
+from .engine.matrix_base import MatrixBase
 from .engine.roles import classify, named_trainable_parameters
 
 __all__ = ["RoleRow", "role_table", "to_json", "to_text"]

@@ -5,41 +5,25 @@ AdamW (Loshchilov & Hutter, arXiv:1711.05101, algorithm 2), in the form of ``tor
 from dataclasses import dataclass
 from typing import Any, Tuple, Type
 
-import torch
 from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule
-from .moments import MOMENTS, adam_moments, adam_scalars
+from .moments import MOMENTS, adam_scalars, adam_update
 
 __all__ = ["ADAMW", "AdamW", "AdamWConfig"]
 
 
-def adamw(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    scalars: torch.Tensor,
-) -> Tuple[torch.Tensor, ...]:
-    """
-    ``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``,
-    ``p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``.
-    """
-    step_size, rsqrt_correction2, eps, *betas = scalars.unbind()
-    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, betas)
-    denom = exp_avg_sq.sqrt() * rsqrt_correction2 + eps
-    return step_size * (exp_avg / denom), exp_avg, exp_avg_sq
-
-
-ADAMW = ElementwiseRule(MOMENTS, adam_scalars, adamw)
+ADAMW = ElementwiseRule(MOMENTS, adam_scalars, adam_update)
 
 
 class AdamW(ElementwiseOptimizer):
     """
-    AdamW with decoupled weight decay. For the arguments see :class:`AdamWConfig`.
+    ``m <- b1 m + (1 - b1) g``, ``v <- b2 v + (1 - b2) g^2``,
+    ``p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``. For the arguments
+    see :class:`AdamWConfig`.
 
     :raises OLMoConfigurationError: If a value is out of its range.
     """

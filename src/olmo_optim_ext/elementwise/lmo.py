@@ -9,10 +9,9 @@ import torch
 
 from ..engine.elementwise import ElementwiseRule, Scalar, WholeSums
 from ..linalg.norms import EPS, ScionNorm
+from .moments import MOMENTUM
 
-__all__ = ["LMO_RULES", "MOMENTUM", "averaged"]
-
-MOMENTUM = ("momentum",)
+__all__ = ["LMO_RULES", "averaged"]
 
 
 def averaged(grad: torch.Tensor, momentum: torch.Tensor, new: Any, old: Any) -> torch.Tensor:

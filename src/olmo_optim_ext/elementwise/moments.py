@@ -1,5 +1,5 @@
 """
-What rules with Adam's two moments share.
+What rules with Adam's two moments share, those with one momentum, and those with ratios of norms.
 """
 
 from typing import Any, Mapping, Sequence, Tuple
@@ -8,9 +8,20 @@ import torch
 
 from ..engine.elementwise import Scalar, bias_correction
 
-__all__ = ["MOMENTS", "adam_scalars", "adam_moments"]
+__all__ = [
+    "MOMENTS",
+    "MOMENTUM",
+    "adam_moments",
+    "adam_scalars",
+    "adam_update",
+    "adapts",
+    "heavy_ball",
+    "heavy_ball_scalars",
+    "ratio_of_norms",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = ("momentum",)
 
 
 def adam_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
@@ -42,3 +53,53 @@ def adam_moments(
     """
     beta1, rest1, beta2, rest2 = betas
     return exp_avg * beta1 + grad * rest1, exp_avg_sq * beta2 + grad * grad * rest2
+
+
+def adam_update(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: torch.Tensor,
+) -> Tuple[torch.Tensor, ...]:
+    """``lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``."""
+    step_size, rsqrt_correction2, eps, *betas = scalars.unbind()
+    exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, betas)
+    denom = exp_avg_sq.sqrt() * rsqrt_correction2 + eps
+    return step_size * (exp_avg / denom), exp_avg, exp_avg_sq
+
+
+def heavy_ball_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
+    """What :func:`heavy_ball` needs: of ``momentum``, ``dampening`` and ``nesterov``."""
+    mu, damped = group["momentum"], 1 - group["dampening"]
+    new = torch.where(step == 1, 1.0, damped)
+    return (mu, new, mu, 1.0) if group["nesterov"] else (mu, new, 1.0, 0.0)
+
+
+def heavy_ball(
+    grad: torch.Tensor, momentum: torch.Tensor, scalars: Sequence[torch.Tensor]
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """
+    ``u <- mu u + (1 - dampening) g``, without dampening in the first update, as in
+    ``torch.optim.SGD``.
+
+    :returns: ``u``, or ``g + mu u`` with Nesterov's momentum; and ``u``.
+    """
+    mu, new, of_momentum, of_grad = scalars
+    momentum = momentum * mu + grad * new
+    return momentum * of_momentum + grad * of_grad, momentum
+
+
+def adapts(group: Mapping[str, Any]) -> float:
+    """1 if parameters of the group have a ratio of norms, 0 if theirs is 1."""
+    return float(group["weight_decay"] != 0 or group["always_adapt"])
+
+
+def ratio_of_norms(of: torch.Tensor, by: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+    """
+    ``sqrt(of / by)``, 1 where either is 0 or ``adapted`` is.
+
+    :param of: A sum of squares, like ``by``.
+    """
+    one = (of == 0) | (by == 0) | (adapted == 0)
+    return torch.where(one, 1.0, of.sqrt() / by.sqrt())

@@ -37,7 +37,10 @@ from torch.distributed.tensor import DTensor
 from .gate import all_finite, decide, gate_state
 from .hyperparameters import Allowed, check_hyperparameters, to_flag
 
-__all__ = ["CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
+__all__ = ["ALGORITHM", "CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
+
+ALGORITHM = "algorithm"
+"""Param-group key of optimizers with several rules: which one the parameters of a group follow."""
 
 CALLS = "calls"
 """Param-group key: how often ``step()`` was called, a host integer, the same in every group."""
@@ -266,7 +269,9 @@ class ExtOptimizer(SkipStepOptimizer):
             group[key] = _plain(group[key])
         values = {**self.defaults, **group}
         check_hyperparameters(values, type(self).__name__, self.allowed)
-        to_flag(values["cautious_weight_decay"], "cautious_weight_decay", type(self).__name__)
+        for key, default in self.defaults.items():
+            if isinstance(default, bool):
+                to_flag(values[key], key, type(self).__name__)
         self.check_group(values)
 
         names = [name for name, _ in named if name is not None]

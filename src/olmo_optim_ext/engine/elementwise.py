@@ -31,7 +31,6 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
 
 from .base import CALLS, ExtOptimizer, GroupWork, Member
-from .hyperparameters import to_flag
 from .placement import sharding_dims, sum_over_shards
 from .write import Rounding, chunks, rounding_of, some_of, write_state, write_weights
 
@@ -243,7 +242,9 @@ def _scalars(rule: ElementwiseRule, each: GroupWork) -> List[torch.Tensor]:
         leading = (rule.decay(group, each.clock), 0.0)
     values = [*leading, *rule.scalars(group, each.clock)]
     columns = [
-        value if isinstance(value, torch.Tensor) else torch.full_like(each.clock, value)
+        value.to(each.clock)
+        if isinstance(value, torch.Tensor)
+        else torch.full_like(each.clock, value)
         for value in values
     ]
     table = torch.stack([column.expand_as(each.clock) for column in columns], dim=1)
@@ -509,14 +510,11 @@ class ElementwiseOptimizer(ExtOptimizer):
         return self.rule_of(group).buffers
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        if DECOUPLED not in group:
-            return
-        if not to_flag(group[DECOUPLED], DECOUPLED, type(self).__name__):
-            if group["cautious_weight_decay"]:
-                raise OLMoConfigurationError(
-                    f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
-                    "allowed is True, as L2 weight decay has no mask"
-                )
+        if not group.get(DECOUPLED, True) and group["cautious_weight_decay"]:
+            raise OLMoConfigurationError(
+                f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
+                "allowed is True, as L2 weight decay has no mask"
+            )
 
     def update(self, work: Sequence[GroupWork]) -> None:
         by_rule: Dict[ElementwiseRule, List[GroupWork]] = {}

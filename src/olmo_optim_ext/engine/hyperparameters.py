@@ -14,7 +14,14 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from .gate import CAPACITY
 
-__all__ = ["Allowed", "check_hyperparameters", "to_choice", "to_flag"]
+__all__ = [
+    "NON_NEGATIVE",
+    "THREE_BETAS",
+    "Allowed",
+    "check_hyperparameters",
+    "to_choice",
+    "to_flag",
+]
 
 E = TypeVar("E", bound=Enum)
 
@@ -39,8 +46,8 @@ def _fraction(value: Any) -> bool:
     return _number(value) and 0 <= value < 1
 
 
-def _pair_of_fractions(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_fraction, value))
+def _fractions(value: Any, n: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == n and all(map(_fraction, value))
 
 
 def _natural(value: Any) -> bool:
@@ -75,63 +82,87 @@ def _seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-_NON_NEGATIVE = (_non_negative, "a finite number >= 0")
+NON_NEGATIVE: Allowed = (_non_negative, "a finite number >= 0")
+THREE_BETAS: Allowed = (lambda value: _fractions(value, 3), "three numbers in [0, 1)")
+
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _DTYPE = (_float32_or_bfloat16, "float32 or bfloat16")
-_BETAS = (_pair_of_fractions, "two numbers in [0, 1)")
+_BETAS = (lambda value: _fractions(value, 2), "two numbers in [0, 1)")
+_POSITIVE = (_positive, "a finite number > 0")
+_FRACTION = (_fraction, "a number in [0, 1)")
+_POSITIVE_INT = (_positive_int, "an integer >= 1")
 
 _ALLOWED: Dict[str, Allowed] = {
     "lr": _LEARNING_RATE,
     "initial_lr": _LEARNING_RATE,
     "adamw_lr": _LEARNING_RATE,
-    "weight_decay": _NON_NEGATIVE,
-    "adamw_weight_decay": _NON_NEGATIVE,
-    "eps": _NON_NEGATIVE,
-    "adamw_eps": _NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "adamw_weight_decay": NON_NEGATIVE,
+    "eps": NON_NEGATIVE,
+    "adamw_eps": NON_NEGATIVE,
     "betas": _BETAS,
     "adamw_betas": _BETAS,
-    "momentum": (_fraction, "a number in [0, 1)"),
-    "momentum_decay": _NON_NEGATIVE,
-    "beta2": (_fraction, "a number in [0, 1)"),
+    "momentum": _FRACTION,
+    "momentum_decay": NON_NEGATIVE,
+    "beta2": _FRACTION,
     "rank_fraction": (_share, "a number in (0, 1]"),
-    "rank_multiple_of": (_positive_int, "an integer >= 1"),
-    "basis_eps": (_positive, "a finite number > 0"),
-    "row_eps": (_positive, "a finite number > 0"),
-    "polar_steps": (_positive_int, "an integer >= 1"),
+    "rank_multiple_of": _POSITIVE_INT,
+    "basis_eps": _POSITIVE,
+    "row_eps": _POSITIVE,
+    "polar_steps": _POSITIVE_INT,
     "polar_dtype": _DTYPE,
     "rolling_interval_length": (_window, f"an integer from 2 to {CAPACITY}"),
-    "sigma_factor": (_positive, "a finite number > 0"),
+    "sigma_factor": _POSITIVE,
     "state_dtype": _DTYPE,
-    "shampoo_beta": (_fraction, "a number in [0, 1)"),
-    "precondition_frequency": (_positive_int, "an integer >= 1"),
-    "max_precond_dim": (_positive_int, "an integer >= 1"),
-    "block_size": (_positive_int, "an integer >= 1"),
+    "shampoo_beta": _FRACTION,
+    "precondition_frequency": _POSITIVE_INT,
+    "max_precond_dim": _POSITIVE_INT,
+    "block_size": _POSITIVE_INT,
     "precond_lr": (_share, "a number in (0, 1]"),
-    "precond_init_scale": (_positive, "a finite number > 0"),
+    "precond_init_scale": _POSITIVE,
     "precond_update_prob_max": (_share, "a number in (0, 1]"),
     "precond_update_prob_min": (_share, "a number in (0, 1]"),
-    "precond_update_prob_decay": _NON_NEGATIVE,
+    "precond_update_prob_decay": NON_NEGATIVE,
     "precond_update_prob_flat_start": (_natural, "an integer >= 0"),
     "balance_prob": (_damping, "a number in [0, 1]"),
-    "max_size_triangular": (_positive_int, "an integer >= 1"),
-    "min_ndim_triangular": (_positive_int, "an integer >= 1"),
+    "max_size_triangular": _POSITIVE_INT,
+    "min_ndim_triangular": _POSITIVE_INT,
     "seed": (_seed, "an integer from 0 to 2^63 - 1"),
-    "mask_eps": (_positive, "a finite number > 0"),
-    "alpha": (_positive, "a finite number > 0"),
-    "alpha_end": (_positive, "a finite number > 0"),
-    "anneal_steps": (_positive_int, "an integer >= 1"),
+    "mask_eps": _POSITIVE,
+    "alpha": _POSITIVE,
+    "alpha_end": _POSITIVE,
+    "anneal_steps": _POSITIVE_INT,
     "start_step": (_natural, "an integer >= 0"),
     "rank_threshold": (_share, "a number in (0, 1]"),
-    "rank_interval": (_positive_int, "an integer >= 1"),
+    "rank_interval": _POSITIVE_INT,
     "ns_reorthogonalize_steps": (_natural, "an integer >= 0"),
     "scale": (_damping, "a number in [0, 1]"),
-    "radius": (_positive, "a finite number > 0"),
-    "fan_in": (_positive_int, "an integer >= 1"),
-    "spectral_scale": (_positive, "a finite number > 0"),
-    "sign_scale": (_positive, "a finite number > 0"),
-    "bias_rms_scale": (_positive, "a finite number > 0"),
-    "column_scale": (_positive, "a finite number > 0"),
-    "row_scale": (_positive, "a finite number > 0"),
+    "radius": _POSITIVE,
+    "fan_in": _POSITIVE_INT,
+    "spectral_scale": _POSITIVE,
+    "sign_scale": _POSITIVE,
+    "bias_rms_scale": _POSITIVE,
+    "column_scale": _POSITIVE,
+    "row_scale": _POSITIVE,
+    "dampening": (_damping, "a number in [0, 1]"),
+    "lr_decay": NON_NEGATIVE,
+    "initial_accumulator_value": NON_NEGATIVE,
+    "clip_exp": NON_NEGATIVE,
+    "alpha_warmup": _POSITIVE_INT,
+    "beta3_warmup": _POSITIVE_INT,
+    "trust_coefficient": _POSITIVE,
+    "adaptation_strength": NON_NEGATIVE,
+    "gamma": NON_NEGATIVE,
+    "lr_1d_factor": _POSITIVE,
+    "betas_1d": _BETAS,
+    "weight_decay_1d": NON_NEGATIVE,
+    "beta3": _FRACTION,
+    "d0": _POSITIVE,
+    "d_coef": _POSITIVE,
+    "growth_rate": (lambda value: _number(value) and value >= 1, "a finite number >= 1"),
+    "beta2_decay": (lambda value: _number(value) and value < 0, "a finite number < 0"),
+    "param_rms_eps": NON_NEGATIVE,
+    "clip_threshold": _POSITIVE,
 }
 
 

@@ -29,7 +29,7 @@ from olmo_core.distributed.utils import get_local_tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
-from .base import CALLS, STEP, GroupWork
+from .base import ALGORITHM, CALLS, STEP, GroupWork
 from .exchange import (
     Broadcast,
     BroadcastExchange,
@@ -42,7 +42,7 @@ from .exchange import (
 from .factors import FactorPlan
 from .host import HostMirror
 from .layout import MatrixLayout
-from .matrix_base import ALGORITHM, MatrixBase, MatrixOptions
+from .matrix_base import MatrixBase, MatrixOptions
 from .placement import Path, gather_whole, local_part, placing_of
 from .plan import Item, Job, Plan, items_of
 from .write import chunks, some_of, write_state

@@ -11,7 +11,7 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
 from typing_extensions import Unpack
 
-from .base import CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
+from .base import ALGORITHM, CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
 from .elementwise import ElementwiseRule, apply_rule
 from .exchange import BUCKET_BYTES
 from .factors import Shape
@@ -20,10 +20,7 @@ from .placement import Path
 from .plan import Job, Plan
 from .write import Rounding, chunks, rounding_of, write_weights
 
-__all__ = ["ALGORITHM", "MatrixBase", "MatrixOptions"]
-
-ALGORITHM = "algorithm"
-"""Param-group key: which rule the parameters of a group follow."""
+__all__ = ["MatrixBase", "MatrixOptions"]
 
 
 class MatrixOptions(EngineOptions, total=False):

@@ -9,9 +9,10 @@ from typing_extensions import Unpack
 
 from ..config import MatrixOptimConfig
 from ..elementwise.adamw import ADAMW
+from ..engine.base import ALGORITHM
 from ..engine.hyperparameters import check_hyperparameters
 from ..engine.matrix import MatrixOptimizer
-from ..engine.matrix_base import ALGORITHM, MatrixBase, MatrixOptions
+from ..engine.matrix_base import MatrixBase, MatrixOptions
 
 __all__ = ["AdamWForOthers", "AdamWOptions", "MatrixAndAdamW", "MatrixAndAdamWConfig"]
 

@@ -14,11 +14,11 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
+from ..engine.base import ALGORITHM
 from ..engine.elementwise import bias_correction
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.layout import MatrixLayout
 from ..engine.matrix import Owned
-from ..engine.matrix_base import ALGORITHM
 from ..engine.random import generator, stream
 from ..engine.roles import ParamRole, Role
 from ..linalg.kronecker import balanced, fit_by_division, fit_by_products, precondition

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from ..config import MatrixOptimConfig
-from ..elementwise.lmo import LMO_RULES, MOMENTUM, averaged
+from ..elementwise.lmo import LMO_RULES, averaged
+from ..elementwise.moments import MOMENTUM
 from ..engine.base import GroupWork
 from ..engine.hyperparameters import Allowed, check_hyperparameters, to_choice, to_flag
 from ..engine.layout import MatrixLayout
