@@ -151,7 +151,7 @@ _DAMPENED: Dict[str, Any] = {**_SGD, "dampening": 0.3}
 _NESTEROV: Dict[str, Any] = {**_SGD, "nesterov": True}
 _PLAIN: Dict[str, Any] = {**_SGD, "momentum": 0.0}
 
-_ADAGRAD: Dict[str, Any] = dict(lr=0.02, eps=1e-6, weight_decay=0.1)
+_ADAGRAD: Dict[str, Any] = dict(lr=0.1, eps=1e-6, weight_decay=0.1)
 _ADAGRAD_DECAYING: Dict[str, Any] = {
     **_ADAGRAD,
     "lr_decay": 0.1,
@@ -165,7 +165,7 @@ _BOTH: Dict[str, Any] = {**_CENTERED, **_WITH_MOMENTUM}
 
 _ADAM: Dict[str, Any] = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
-_ADAFACTOR: Dict[str, Any] = dict(lr=0.15, weight_decay=0.1)
+_ADAFACTOR: Dict[str, Any] = dict(lr=0.1, weight_decay=0.1)
 _ADAFACTOR_LARGE: Dict[str, Any] = dict(
     # 1 / sqrt(t) falls below this lr, the updates are clipped, and rms(p) is below its floor.
     lr=0.5,
