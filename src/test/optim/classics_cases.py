@@ -154,7 +154,7 @@ _PLAIN: Dict[str, Any] = {**_SGD, "momentum": 0.0}
 _ADAGRAD: Dict[str, Any] = dict(lr=0.1, eps=1e-6, weight_decay=0.1)
 _ADAGRAD_DECAYING: Dict[str, Any] = {
     **_ADAGRAD,
-    "lr_decay": 0.1,
+    "lr_decay": 0.05,
     "initial_accumulator_value": 0.02,
 }
 
