@@ -165,7 +165,10 @@ _BOTH: Dict[str, Any] = {**_CENTERED, **_WITH_MOMENTUM}
 
 _ADAM: Dict[str, Any] = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 
-_ADAFACTOR: Dict[str, Any] = dict(lr=0.1, weight_decay=0.1)
+# Large enough for the first steps, which are proportional to the gradient.
+_RADAM: Dict[str, Any] = {**_ADAM, "lr": 0.05}
+
+_ADAFACTOR: Dict[str, Any] = dict(lr=0.25, weight_decay=0.1)
 _ADAFACTOR_LARGE: Dict[str, Any] = dict(
     # 1 / sqrt(t) falls below this lr, the updates are clipped, and rms(p) is below its floor.
     lr=0.5,
@@ -329,15 +332,16 @@ CASES: Dict[str, Case] = {
         bitwise=False,
         fast_lr=0.2,
         own_bytes=_factors_or_variance,
+        other_values={"lr": 0.4, "weight_decay": 0.3},
         state_bytes={"": 0},
     ),
     "radam": Case(
-        config=RAdamConfig(**_ADAM),
+        config=RAdamConfig(**_RADAM),
         oracles=[
-            (RAdamConfig(**_ADAM), _torch(torch.optim.RAdam, **_ADAM), 2e-6),
+            (RAdamConfig(**_RADAM), _torch(torch.optim.RAdam, **_RADAM), 2e-6),
             (
-                RAdamConfig(**_ADAM, **_DECOUPLED),
-                _torch(torch.optim.RAdam, **_ADAM, **_DECOUPLED),
+                RAdamConfig(**_RADAM, **_DECOUPLED),
+                _torch(torch.optim.RAdam, **_RADAM, **_DECOUPLED),
                 2e-6,
             ),
         ],
@@ -347,6 +351,7 @@ CASES: Dict[str, Case] = {
         fast_lr_of={"rosenbrock": 0.005},
         bound=grows_with_gradient,
         state_bytes={"": 8},
+        other_values={"lr": 0.1, "weight_decay": 0.3},
     ),
     "ext_lion": Case(
         config=LionConfig(**_LION),

@@ -392,5 +392,6 @@ CASES: Dict[str, Case] = {
         fast_lr=1.0,
         state_bytes={"": 16},
         whole_model=True,
+        other_values={"lr": 1.0, "weight_decay": 0.3},
     ),
 }
