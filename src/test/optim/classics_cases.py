@@ -168,7 +168,7 @@ _ADAM: Dict[str, Any] = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 # Large enough for the first steps, which are proportional to the gradient.
 _RADAM: Dict[str, Any] = {**_ADAM, "lr": 0.05}
 
-_ADAFACTOR: Dict[str, Any] = dict(lr=0.25, weight_decay=0.1)
+_ADAFACTOR: Dict[str, Any] = dict(lr=0.35, weight_decay=0.1)
 _ADAFACTOR_LARGE: Dict[str, Any] = dict(
     # 1 / sqrt(t) falls below this lr, the updates are clipped, and rms(p) is below its floor.
     lr=0.5,
