@@ -10,7 +10,9 @@ by copying into the tensors that exist.
 """
 
 import copy
+import inspect
 from enum import Enum
+from functools import lru_cache
 from typing import (
     Any,
     Callable,
@@ -284,9 +286,8 @@ class ExtOptimizer(SkipStepOptimizer):
             group[key] = _plain(group[key])
         values = {**self.defaults, **group}
         check_hyperparameters(values, type(self).__name__, self.allowed)
-        for key, default in self.defaults.items():
-            if isinstance(default, bool):
-                to_flag(values[key], key, type(self).__name__)
+        for key in _flags(type(self)) & values.keys():
+            to_flag(values[key], key, type(self).__name__)
         if not values.get(DECOUPLED, True) and values["cautious_weight_decay"]:
             raise OLMoConfigurationError(
                 f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
@@ -562,6 +563,18 @@ class ExtOptimizer(SkipStepOptimizer):
                     f"{type(self).__name__}: the state to load for '{self.name_of(param)}' has "
                     f"'{key}' of shape {found}, this optimizer keeps {tuple(expected)}"
                 )
+
+
+@lru_cache(maxsize=None)
+def _flags(cls: type) -> FrozenSet[str]:
+    """The keywords of an optimizer whose defaults are true or false."""
+    signatures = [inspect.signature(base.__init__) for base in cls.__mro__]  # type: ignore[misc]
+    return frozenset(
+        name
+        for signature in signatures
+        for name, parameter in signature.parameters.items()
+        if isinstance(parameter.default, bool)
+    )
 
 
 def _plain(value: Any) -> Any:
