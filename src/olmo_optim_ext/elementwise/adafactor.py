@@ -21,7 +21,8 @@ __all__ = ["Adafactor", "AdafactorConfig"]
 
 class Adafactor(RowwiseOptimizer):
     """
-    Adafactor. Each matrix of a stack is factored on its own, vectors are not. For the arguments see :class:`AdafactorConfig`.
+    Adafactor. Each matrix of a stack is factored on its own, vectors are not. For the arguments see
+    :class:`AdafactorConfig`.
 
     :raises OLMoConfigurationError: If a value is out of its range.
     """

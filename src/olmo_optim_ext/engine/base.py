@@ -286,7 +286,7 @@ class ExtOptimizer(SkipStepOptimizer):
             group[key] = _plain(group[key])
         values = {**self.defaults, **group}
         check_hyperparameters(values, type(self).__name__, self.allowed)
-        for key in _flags(type(self)) & values.keys():
+        for key in _flags(type(self).__mro__) & values.keys():
             to_flag(values[key], key, type(self).__name__)
         if not values.get(DECOUPLED, True) and values["cautious_weight_decay"]:
             raise OLMoConfigurationError(
@@ -566,9 +566,9 @@ class ExtOptimizer(SkipStepOptimizer):
 
 
 @lru_cache(maxsize=None)
-def _flags(cls: type) -> FrozenSet[str]:
-    """The keywords of an optimizer whose defaults are true or false."""
-    signatures = [inspect.signature(base.__init__) for base in cls.__mro__]  # type: ignore[misc]
+def _flags(classes: Tuple[Any, ...]) -> FrozenSet[str]:
+    """The keywords of an optimizer and its base classes whose defaults are true or false."""
+    signatures = [inspect.signature(cls.__init__) for cls in classes]
     return frozenset(
         name
         for signature in signatures

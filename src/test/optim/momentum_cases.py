@@ -348,7 +348,7 @@ CASES: Dict[str, Case] = {
         ]
         + [
             (
-                MarsConfig(**_MARS_LION, **{"form": "lion"}),
+                MarsConfig(**{**_MARS_LION, "form": "lion"}),
                 _package("MARS", **_MARS_LION, mars_type="lion"),
                 2e-6,
             )
