@@ -92,7 +92,9 @@ class WholeSums:
     """
     ``(param, grad, *buffers, scalars) -> 0-d tensors``: sums over the elements given, with the
     arguments of :data:`ElementwiseRule.update` but for the last scalars. They are added over the
-    whole parameter, on all ranks, in float64: counts are exact.
+    whole parameter, on all ranks, in float64: counts are exact. Others should be added in float64
+    from the first element on: then what follows from them is rarely another float32 on another
+    mesh, which stochastic rounding would make another bfloat16.
     """
 
     scalars: Callable[..., Sequence[torch.Tensor]]
