@@ -13,6 +13,7 @@ from .catalog import (
 from .elementwise.adamw import AdamW, AdamWConfig
 from .elementwise.cautious_adamw import CautiousAdamW, CautiousAdamWConfig
 from .elementwise.nadamw import NAdamW, NAdamWConfig, NesterovForm
+from .elementwise.sophia import HessianEstimator, Sophia, SophiaConfig
 from .engine.roles import ParamRole, Role
 from .linalg.orthonormal import Orthonormalization
 from .linalg.polar import PolarForm, PolarMethod
@@ -35,6 +36,7 @@ __all__ = [
     "CautiousAdamW",
     "CautiousAdamWConfig",
     "GradientGate",
+    "HessianEstimator",
     "Dion",
     "DionConfig",
     "Kron",
@@ -68,6 +70,8 @@ __all__ = [
     "ScionNorm",
     "Soap",
     "SoapConfig",
+    "Sophia",
+    "SophiaConfig",
     "TrustRegion",
     "get_config_class",
     "list_optimizers",

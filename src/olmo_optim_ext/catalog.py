@@ -12,6 +12,7 @@ from .config import ExtOptimConfig
 from .elementwise.adamw import AdamWConfig
 from .elementwise.cautious_adamw import CautiousAdamWConfig
 from .elementwise.nadamw import NAdamWConfig
+from .elementwise.sophia import SophiaConfig
 from .matrix.dion import DionConfig
 from .matrix.kron import KronConfig
 from .matrix.muon import MuonConfig
@@ -165,6 +166,16 @@ _ROWS = (
                 _SWEEP + ", which has no floor of the mask's mean",
             ),
         ),
+    ),
+    OptimizerInfo(
+        name="sophia",
+        config_class=SophiaConfig,
+        family="elementwise",
+        summary="Momentum over an estimate of the Hessian's diagonal, clipped in each coordinate",
+        paper="arXiv:2305.14342",
+        state_bytes_per_param=8,
+        exchange="nothing; with an estimate of the Hessian what another pass sends",
+        needs=("hessian",),
     ),
     OptimizerInfo(
         name="ext_muon",

@@ -132,6 +132,10 @@ _ALLOWED: Dict[str, Allowed] = {
     "bias_rms_scale": (_positive, "a finite number > 0"),
     "column_scale": (_positive, "a finite number > 0"),
     "row_scale": (_positive, "a finite number > 0"),
+    "rho": (_positive, "a finite number > 0"),
+    "batch_tokens": (_positive_int, "an integer >= 1"),
+    "hessian_update_interval": (_positive_int, "an integer >= 1"),
+    "hutchinson_epsilon": (_positive, "a finite number > 0"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Mapping, Tuple
 import torch
 import torch.nn as nn
 
+from olmo_optim_ext import Sophia
 from olmo_optim_ext.config import ExtOptimConfig
 
 Grads = Dict[str, torch.Tensor]
@@ -44,6 +45,21 @@ def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
     return grads
 
 
+def drive(optim: torch.optim.Optimizer) -> None:
+    """
+    What a trainer does for an optimizer between the backward pass and ``step()``, from the
+    gradients that there are.
+    """
+    if isinstance(optim, Sophia):
+        if optim.param_groups[0]["calls"] % optim.hessian_update_interval == 0:
+            optim.update_hessian()
+
+
+def take_step(optim: torch.optim.Optimizer) -> None:
+    drive(optim)
+    optim.step()
+
+
 def train(
     model: nn.Module, optim: torch.optim.Optimizer, first: int, last: int, scale: float = 0.1
 ) -> None:
@@ -53,7 +69,7 @@ def train(
         grads = grads_at(step, model, scale)
         for name, param in model.named_parameters():
             param.grad = grads[name]
-        optim.step()
+        take_step(optim)
         optim.zero_grad()
 
 
