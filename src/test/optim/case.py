@@ -3,7 +3,7 @@ What the contract tests share: a model, gradients, and the form of a row of the 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -45,18 +45,41 @@ def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
     return grads
 
 
-def drive(optim: torch.optim.Optimizer) -> None:
+Loss = Callable[[], torch.Tensor]
+
+
+def drive(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
     """
-    What a trainer does for an optimizer between the backward pass and ``step()``, from the
-    gradients that there are.
+    What a trainer does for an optimizer between the backward pass and ``step()``.
+
+    :param loss: Evaluates the loss anew. Without it the gradients that there are serve.
     """
     if isinstance(optim, Sophia):
         if optim.param_groups[0]["calls"] % optim.hessian_update_interval == 0:
-            optim.update_hessian()
+            if loss is None:
+                optim.update_hessian()
+            else:
+                params = {optim.name_of(param): param for param in optim.state}
+                optim.update_hessian_from_estimates(hessian_diagonal(loss(), params))
 
 
-def take_step(optim: torch.optim.Optimizer) -> None:
-    drive(optim)
+def hessian_diagonal(
+    loss: torch.Tensor, params: Mapping[str, torch.Tensor]
+) -> Dict[str, torch.Tensor]:
+    """The diagonal of the Hessian, one coordinate after the other."""
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+    out = {}
+    for (name, param), grad in zip(params.items(), grads):
+        rows = [
+            torch.autograd.grad(each, param, retain_graph=True)[0].reshape(-1)[i]
+            for i, each in enumerate(grad.reshape(-1))
+        ]
+        out[name] = torch.stack(rows).view(param.shape)
+    return out
+
+
+def take_step(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
+    drive(optim, loss)
     optim.step()
 
 

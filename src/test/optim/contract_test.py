@@ -651,7 +651,7 @@ def solve(name: str, loss_fn, shape, steps: int) -> float:
         loss = loss_fn(problem.weight)
         optim.zero_grad()
         loss.backward()
-        take_step(optim)
+        take_step(optim, lambda: loss_fn(problem.weight))
     return float(loss_fn(problem.weight.detach())) / first
 
 
