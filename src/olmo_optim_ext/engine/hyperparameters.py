@@ -14,7 +14,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from .gate import CAPACITY
 
-__all__ = ["Allowed", "check_hyperparameters", "to_choice", "to_flag"]
+__all__ = ["POSITIVE", "Allowed", "check_hyperparameters", "to_choice", "to_flag"]
 
 E = TypeVar("E", bound=Enum)
 
@@ -75,6 +75,7 @@ def _seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
+POSITIVE: Allowed = (_positive, "a finite number > 0")
 _NON_NEGATIVE = (_non_negative, "a finite number >= 0")
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _DTYPE = (_float32_or_bfloat16, "float32 or bfloat16")
@@ -132,10 +133,11 @@ _ALLOWED: Dict[str, Allowed] = {
     "bias_rms_scale": (_positive, "a finite number > 0"),
     "column_scale": (_positive, "a finite number > 0"),
     "row_scale": (_positive, "a finite number > 0"),
-    "rho": (_positive, "a finite number > 0"),
+    "rho": POSITIVE,
     "batch_tokens": (_positive_int, "an integer >= 1"),
     "hessian_update_interval": (_positive_int, "an integer >= 1"),
-    "hutchinson_epsilon": (_positive, "a finite number > 0"),
+    "hessian_batch_fraction": (_share, "a number in (0, 1]"),
+    "hutchinson_epsilon": POSITIVE,
 }
 
 

@@ -188,6 +188,8 @@ CASES: Dict[str, Case] = {
             {"batch_tokens": 2.5},
             {"hessian_update_interval": 0},
             {"estimator": "fisher"},
+            {"hessian_batch_fraction": 0.0},
+            {"hessian_batch_fraction": 1.5},
             {"hutchinson_epsilon": 0.0},
         ],
         bitwise=True,
