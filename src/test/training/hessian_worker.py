@@ -83,7 +83,7 @@ def build_module(
     if moe:
         for layer in module.model.modules():
             if isinstance(layer, MoEBase):
-                layer.experts.forward = _in_place_of_experts  # type: ignore[method-assign]
+                layer.experts.forward = _in_place_of_experts  # type: ignore
     return module
 
 
