@@ -174,8 +174,23 @@ _ROWS = (
         summary="Momentum over an estimate of the Hessian's diagonal, clipped in each coordinate",
         paper="arXiv:2305.14342",
         state_bytes_per_param=8,
-        exchange="nothing; with an estimate of the Hessian what another pass sends",
+        exchange="nothing; with an estimate of the Hessian also what its passes send",
         needs=("hessian",),
+        presets=(
+            Preset(
+                _SETTING.format("1x"),
+                {
+                    "lr": 0.004,
+                    "betas": (0.95, 0.9),
+                    "rho": 0.0125,
+                    "eps": 1e-7,
+                    "weight_decay": 0.0,
+                    "estimator": "hutchinson",
+                },
+                _SWEEP + ", which corrects the momentum's bias and draws probes from the normal "
+                "distribution; 4000 steps of warm-up, without which it diverged",
+            ),
+        ),
     ),
     OptimizerInfo(
         name="ext_muon",
