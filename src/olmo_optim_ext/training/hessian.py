@@ -206,7 +206,7 @@ def _sampled_labels(module: TransformerTrainModule, key: int) -> Iterator[None]:
         head.register_forward_pre_hook(without_labels, with_kwargs=True),
         head.register_forward_hook(with_loss, with_kwargs=True),
     ]
-    # A compiled module does not see hooks that come later.
+    # Not compiled: what the hooks draw would be compiled anew for each key.
     compiled, head._compiled_call_impl = head._compiled_call_impl, None
     try:
         yield
