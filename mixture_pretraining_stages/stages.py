@@ -44,9 +44,10 @@ from rich.console import Console
 from rich.progress import Progress
 from yaml import YAMLError
 
+from olmo_optim_ext.elementwise.sophia import Sophia
 from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import BadBatchCallback, MatrixMetricsCallback
+from olmo_optim_ext.training import BadBatchCallback, MatrixMetricsCallback, SophiaCallback
 
 from . import checkpoints
 from .callbacks import (
@@ -330,6 +331,8 @@ class Run:
         }
         if isinstance(train_module.optim, ExtOptimizer):
             callbacks["bad_batches"] = BadBatchCallback()
+        if isinstance(train_module.optim, Sophia):
+            callbacks["sophia"] = SophiaCallback()
         if (metrics := spec.optimizer_metrics) is not None:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer

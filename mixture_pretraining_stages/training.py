@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import MatrixOptimConfig
+from olmo_optim_ext.elementwise.sophia import SophiaConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
 from .sources import SourceSpec
@@ -126,7 +127,10 @@ class JolmoModel:
     sources: Dict[str, SourceSpec]
     stages: List[StageSpec]
     optimizer: Dict[str, Any]
-    """``name``, and any field of that optimizer's config."""
+    """
+    ``name``, and any field of that optimizer's config. ``batch_tokens``, where it has one, is
+    ``global_batch_size`` if it is not given.
+    """
     model: Any = "olmo3_14M"
     """
     The name of a factory of OLMo-core's ``TransformerConfig``, a mapping with ``factory`` and its
@@ -289,6 +293,8 @@ class JolmoModel:
         _require(
             isinstance(name, str), "optimizer.name", name, f"one of {', '.join(list_optimizers())}"
         )
+        if issubclass(_optimizer_config_class(name), SophiaConfig):
+            values.setdefault("batch_tokens", self.global_batch_size)
         return _build_optimizer_spec(name, **values)
 
     def scheduler_config(self) -> Scheduler:

@@ -126,9 +126,10 @@ class ElementwiseRule:
     update: Update
     """
     ``(param, grad, *buffers, scalars) -> (what is subtracted, *buffers)``: flat tensors of one
-    length, and scalars of shape ``(k,)``. Pure, and made of single additions, products, quotients
-    and roots: fused kernels such as ``lerp`` may round their vector body and their tail
-    differently, which would make the result depend on where a shard ends.
+    length, and scalars of shape ``(k,)``; of the buffers the last may be left out, if they stay.
+    Pure, and made of single additions, products, quotients and roots: fused kernels such as
+    ``lerp`` may round their vector body and their tail differently, which would make the result
+    depend on where a shard ends.
     """
 
     sums: Optional[WholeSums] = None

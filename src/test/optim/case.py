@@ -3,11 +3,12 @@ What the contract tests share: a model, gradients, and the form of a row of the 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
+from olmo_optim_ext import Sophia
 from olmo_optim_ext.config import ExtOptimConfig
 
 Grads = Dict[str, torch.Tensor]
@@ -44,6 +45,44 @@ def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
     return grads
 
 
+Loss = Callable[[], torch.Tensor]
+
+
+def drive(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
+    """
+    What a trainer does for an optimizer between the backward pass and ``step()``.
+
+    :param loss: Evaluates the loss anew. Without it the gradients that there are serve.
+    """
+    if isinstance(optim, Sophia):
+        if optim.param_groups[0]["calls"] % optim.hessian_update_interval == 0:
+            if loss is None:
+                optim.update_hessian()
+            else:
+                params = {optim.name_of(param): param for param in optim.state}
+                optim.update_hessian_from_estimates(hessian_diagonal(loss(), params))
+
+
+def hessian_diagonal(
+    loss: torch.Tensor, params: Mapping[str, torch.Tensor]
+) -> Dict[str, torch.Tensor]:
+    """The diagonal of the Hessian, one coordinate after the other."""
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+    out = {}
+    for (name, param), grad in zip(params.items(), grads):
+        rows = [
+            torch.autograd.grad(each, param, retain_graph=True)[0].reshape(-1)[i]
+            for i, each in enumerate(grad.reshape(-1))
+        ]
+        out[name] = torch.stack(rows).view(param.shape)
+    return out
+
+
+def take_step(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
+    drive(optim, loss)
+    optim.step()
+
+
 def train(
     model: nn.Module, optim: torch.optim.Optimizer, first: int, last: int, scale: float = 0.1
 ) -> None:
@@ -53,7 +92,7 @@ def train(
         grads = grads_at(step, model, scale)
         for name, param in model.named_parameters():
             param.grad = grads[name]
-        optim.step()
+        take_step(optim)
         optim.zero_grad()
 
 

@@ -34,8 +34,8 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer.config import TransformerDataParallelConfig
 from olmo_core.utils import seed_all
 
-from olmo_optim_ext import get_config_class, list_optimizers
-from olmo_optim_ext.training import BadBatchCallback
+from olmo_optim_ext import get_config_class, list_optimizers, optimizer_info
+from olmo_optim_ext.training import BadBatchCallback, SophiaCallback
 
 VOCAB_SIZE, LENGTH, INSTANCES = 32, 8, 4
 STEPS, SAVE_AT = 12, 6
@@ -50,6 +50,12 @@ BAD_STEPS = {
 The save comes right after a bad batch, and another one, which only the history tells from a good
 one, right after the save.
 """
+
+OPTIONS: Dict[str, Dict[str, Any]] = {
+    # So that bad batches come with an estimate of the Hessian.
+    "sophia": {"hessian_update_interval": 1},
+}
+"""Fields of some configs."""
 
 
 @dataclass
@@ -214,7 +220,9 @@ def build_trainer(
     module = TransformerTrainModuleConfig(
         rank_microbatch_size=LENGTH * INSTANCES // get_world_size(),
         max_sequence_length=LENGTH,
-        optim=get_config_class(name)(rolling_interval_length=8, skip_step=skip_step),
+        optim=get_config_class(name)(
+            rolling_interval_length=8, skip_step=skip_step, **OPTIONS.get(name, {})
+        ),
         max_grad_norm=max_grad_norm,
         dp_config=TransformerDataParallelConfig(name=DataParallelType.fsdp)
         if distributed
@@ -230,6 +238,8 @@ def build_trainer(
             save_async=False,
         ),
     }
+    if "hessian" in optimizer_info(name).needs:
+        callbacks["sophia"] = SophiaCallback()
     if outlives:
         callbacks["bad_batches"] = BadBatchCallback()
     return TrainerConfig(
