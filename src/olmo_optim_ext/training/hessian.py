@@ -308,7 +308,10 @@ _Moment = Union[float, torch.cuda.Event]
 
 
 class _Stopwatch:
-    """Seconds that the device has spent, read when they are over: it is not waited for."""
+    """
+    Seconds that the device has spent, read when they are over: it is not waited for. With CUDA's
+    events this was only reasoned, not run.
+    """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
