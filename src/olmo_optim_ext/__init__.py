@@ -27,6 +27,10 @@ from .matrix.noise import AlphaAnnealing
 from .matrix.nor_muon import NorMuon, NorMuonConfig
 from .matrix.scion import Scion, ScionConfig, ScionNorm
 from .matrix.soap import Soap, SoapConfig
+from .wrappers.lookahead import Lookahead, LookaheadConfig
+from .wrappers.ranger import RangerConfig
+from .wrappers.sam import SAM, SAMConfig
+from .wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 __all__ = [
     "AdamW",
@@ -41,6 +45,8 @@ __all__ = [
     "KronConfig",
     "KronFit",
     "LRScaling",
+    "Lookahead",
+    "LookaheadConfig",
     "MemorySaveMode",
     "OrthonormalSide",
     "Orthonormalization",
@@ -62,7 +68,12 @@ __all__ = [
     "PolarForm",
     "PolarMethod",
     "Preset",
+    "RangerConfig",
     "Role",
+    "SAM",
+    "SAMConfig",
+    "ScheduleFree",
+    "ScheduleFreeConfig",
     "Scion",
     "ScionConfig",
     "ScionNorm",

@@ -7,7 +7,9 @@ from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import torch
 import torch.nn as nn
+from olmo_core.distributed.utils import get_local_tensor
 
+from olmo_optim_ext import SAM
 from olmo_optim_ext.config import ExtOptimConfig
 
 Grads = Dict[str, torch.Tensor]
@@ -44,6 +46,30 @@ def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
     return grads
 
 
+CURVATURE = 10.0
+"""The gradient of a second pass, at ``p + e``, is ``g + CURVATURE e``."""
+
+
+def drive(optim: torch.optim.Optimizer) -> None:
+    """
+    What a trainer does for an optimizer between the backward pass and ``step()``, from the
+    gradients that there are.
+    """
+    if isinstance(optim, SAM) and optim.wants_second_pass():
+        params = [p for group in optim.param_groups for p in group["params"] if p.grad is not None]
+        before = [get_local_tensor(param.detach()).clone() for param in params]
+        optim.perturb()
+        for param, at in zip(params, before):
+            param.grad = param.grad.clone()
+            moved = get_local_tensor(param.detach()) - at
+            get_local_tensor(param.grad).add_(moved, alpha=CURVATURE)
+
+
+def take_step(optim: torch.optim.Optimizer) -> None:
+    drive(optim)
+    optim.step()
+
+
 def train(
     model: nn.Module, optim: torch.optim.Optimizer, first: int, last: int, scale: float = 0.1
 ) -> None:
@@ -53,7 +79,7 @@ def train(
         grads = grads_at(step, model, scale)
         for name, param in model.named_parameters():
             param.grad = grads[name]
-        optim.step()
+        take_step(optim)
         optim.zero_grad()
 
 

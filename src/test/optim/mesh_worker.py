@@ -34,7 +34,7 @@ from olmo_optim_ext.engine.exchange import BroadcastExchange
 from olmo_optim_ext.engine.matrix import MatrixOptimizer
 from olmo_optim_ext.engine.matrix_base import MatrixBase
 
-from .case import STEPS, grads_at, set_lr
+from .case import STEPS, grads_at, set_lr, take_step
 from .case import train as train_alone
 from .memory import peak_bytes, transfers_held_by_their_work
 from .models import ExpertShapes, LargeShapes
@@ -152,7 +152,7 @@ def train(
         grads = grads_at(step, whole)
         for name, param in named(model).items():
             param.grad = sharded_like(param, grads[name], at[name])
-        optim.step()
+        take_step(optim)
         optim.zero_grad()
 
 
@@ -313,7 +313,7 @@ def measure(folder: Path) -> None:
         optim.bucket_bytes = 2 * largest
         for param in model.parameters():
             param.grad = torch.ones_like(param)
-        optim.step()
+        take_step(optim)
         return optim
 
     peaks: Dict[str, Tuple[int, int]] = {}
@@ -346,7 +346,7 @@ def measure(folder: Path) -> None:
     optim = build("ddp4")
     BroadcastExchange.start = noting  # type: ignore[method-assign]
     with transfers_held_by_their_work(largest):
-        optim.step()
+        take_step(optim)
     BroadcastExchange.start = start  # type: ignore[method-assign]
 
     parts: List[Any] = [None] * dist.get_world_size()

@@ -1,0 +1,80 @@
+"""
+Further forward and backward passes over a batch, beside the one that a train module makes of it.
+
+They are OLMo-core's own dry run, as at the start of a fit: so micro-batches, gradient accumulation,
+the synchronisation of gradients, autocast and auxiliary losses are those of the main pass, also
+where a later OLMo-core does them otherwise.
+"""
+
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Optional
+
+from olmo_core.data.utils import split_batch
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.train.train_module import TransformerTrainModule
+
+__all__ = ["backward_again", "gradients_apart", "transformer_of"]
+
+
+def transformer_of(train_module: Any, owner: str) -> TransformerTrainModule:
+    """
+    The train module, if it is one that can make further passes.
+
+    :param owner: What needs them, for the message.
+
+    :raises OLMoConfigurationError: If it is for pipelines, or steps with an optimizer of its own.
+    """
+    if not isinstance(train_module, TransformerTrainModule):
+        raise OLMoConfigurationError(
+            f"{owner}: the train module is a {type(train_module).__name__}, allowed is "
+            "TransformerTrainModule"
+        )
+    return train_module
+
+
+def backward_again(
+    train_module: TransformerTrainModule, batch: Dict[str, Any], instances: Optional[int] = None
+) -> None:
+    """
+    Add the gradients of the mean loss of a batch to those that there are. Collective, like the main
+    pass. Nothing else remains of it: no metrics, no loss for the gate, and not of what routers
+    count of experts.
+
+    :param batch: As the trainer gives it to callbacks before the step: the main pass takes entries
+        out of its own, so after that a shallow copy made before it. It is left as it is.
+    :param instances: Of this rank, how many of the first ones are taken, >= 1; all by default.
+    """
+    if instances is not None:
+        batch = split_batch(batch, instances)[0]
+    with _muted(train_module):
+        train_module.train_batch(dict(batch), dry_run=True)
+
+
+@contextmanager
+def gradients_apart(train_module: TransformerTrainModule) -> Iterator[None]:
+    """
+    Inside there are no gradients at first, and afterwards those that there were before, the same
+    tensors.
+    """
+    params = list(train_module.model.parameters())
+    before = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in zip(params, before):
+            param.grad = grad
+
+
+@contextmanager
+def _muted(train_module: TransformerTrainModule) -> Iterator[None]:
+    def record_nothing(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        del name, value, args, kwargs
+
+    # Of the instance, which hides the method of the class.
+    train_module.record_metric = record_nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del train_module.record_metric
