@@ -145,10 +145,10 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
     optimizer inside, so ``group_overrides`` have its hyperparameters.
     """
 
-    inner: Dict[str, Any] = field(default_factory=dict)
+    inner: Any = field(default_factory=dict)
     """
-    The optimizer inside: ``name``, from the catalogue, and fields of its config; a config works
-    too. Fields that all optimizers share are the wrapper's.
+    The optimizer inside: a mapping with ``name``, from the catalogue, and fields of its config, or
+    a config, which becomes such a mapping. Fields that all optimizers share are the wrapper's.
     """
 
     lr: Optional[float] = None

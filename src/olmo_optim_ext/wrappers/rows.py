@@ -39,6 +39,7 @@ ROWS: Tuple[OptimizerInfo, ...] = (
         "optimizer",
         paper="arXiv:2405.15682",
         state_bytes_per_param=12,
+        factors="8 bytes",
         exchange="what the optimizer inside sends",
         needs=("eval_swap",),
     ),

@@ -5,7 +5,7 @@ around any optimizer; around AdamW without a first moment it is the authors' ``A
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Sequence, Tuple
 
 import torch
 from olmo_core.distributed.utils import get_local_tensor
@@ -20,8 +20,8 @@ __all__ = ["ScheduleFree", "ScheduleFreeConfig"]
 
 AVERAGING = "averaging"
 """
-State key, ``(3,)`` on the device: steps taken, the sum of the averaging weights in units of the
-last one, and the largest learning rate so far.
+State key of each parameter, ``(2,)``: the sum of the averaging weights in units of the last one,
+and the largest learning rate so far.
 """
 
 
@@ -37,8 +37,7 @@ class ScheduleFree(Wrapper):
 
     Parameters are ``y`` between steps, and ``z`` is state; ``x`` follows from both. During the
     first ``warmup_steps`` steps lr and ``u`` are multiplied by ``t / warmup_steps``. ``t`` counts
-    steps that were taken. Weights ``w`` are one sequence for the model, from the largest learning
-    rate of its groups, as only their ratios matter and a schedule moves all groups alike.
+    the updates of a parameter.
 
     ``u`` is the difference that the optimizer inside makes to ``y``, so in bfloat16 parameters it
     is rounded as theirs are. A step holds a copy of the parameters for a moment.
@@ -72,8 +71,12 @@ class ScheduleFree(Wrapper):
         self._training: Dict[torch.Tensor, torch.Tensor] = {}
         super().__init__(params, **options)
 
-    def shared_state(self, device: torch.device) -> Dict[str, torch.Tensor]:
-        return {**super().shared_state(device), AVERAGING: torch.zeros(3, device=device)}
+    def _create_state(self, group: Dict[str, Any]) -> torch.Tensor:
+        clock = super()._create_state(group)
+        for param in group["params"]:
+            if param in self.state:
+                self.state[param][AVERAGING] = clock.new_zeros(2)
+        return clock
 
     @property
     def is_averaged(self) -> bool:
@@ -111,36 +114,39 @@ class ScheduleFree(Wrapper):
             )
 
     def update(self, work: Sequence[GroupWork]) -> None:
-        warmup, share = self._next_share(work)
         before = [[get_local_tensor(m.param).clone() for m in each.members] for each in work]
         super().update(work)
         for each, olds in zip(work, before):
-            factor, c = warmup.to(each.clock.dtype), share.to(each.clock.dtype)
-            first = (each.clock == 1).unbind()
-            for member, old in zip(each.members, olds):
+            numbers = zip(*(column.unbind() for column in self._shares(each)))
+            for member, old, (first, warmup, c) in zip(each.members, olds, numbers):
                 param = get_local_tensor(member.param)
                 for y, moved, z in some_at_a_time(old, param, member.local("z")):
                     y = y.to(z.dtype)
-                    z_old = torch.where(first[member.slot], y, z)
-                    step = (y - moved.to(z.dtype)) * factor
+                    z_old = torch.where(first, y, z)
+                    step = (y - moved.to(z.dtype)) * warmup
                     y_new = y + c * (z_old - y) - (1 - self._momentum * (1 - c)) * step
                     _write(moved, y_new, each)
                     _write(z, z_old - step, each)
 
-    def _next_share(self, work: Sequence[GroupWork]) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The factor of the warm-up and ``c`` of this step, 0-d."""
-        state = self.shared[AVERAGING]
-        steps, total, largest = state.unbind()
-        now = steps + 1
-        warmup = (now / max(self._warmup_steps, 1)).clamp(max=1.0)
-        lr = _largest([group["lr"] for group in self.param_groups], state) * warmup
-        peak = torch.maximum(largest, lr)
+    def _shares(self, work: GroupWork) -> Tuple[torch.Tensor, ...]:
+        """
+        For each parameter whether this is its first update, the factor of the warm-up, and ``c``;
+        ``(n,)`` each.
+        """
+        states = [member.state[AVERAGING] for member in work.members]
+        table = torch.stack(states)
+        total, largest = table.unbind(1)
+        clock = work.clock.unbind()
+        t = torch.stack([clock[member.slot] for member in work.members])
+        warmup = (t / max(self._warmup_steps, 1)).clamp(max=1.0)
+        peak = torch.maximum(largest, work.group["lr"] * warmup)
         # In units of the last weight: with a constant one the sum is a count, which is exact.
-        ratio = (largest / peak) ** self._weight_lr_power * (steps / now) ** self._r
+        ratio = (largest / peak) ** self._weight_lr_power * ((t - 1) / t) ** self._r
         total = torch.where(peak > 0, total * ratio + 1, 0.0)
-        share = torch.where(peak > 0, 1 / total, 0.0)
-        _write(state, torch.stack([now, total, peak]), work[0])
-        return warmup, share
+        c = torch.where(peak > 0, 1 / total, 0.0)
+        _write(table, torch.stack([total, peak], dim=1), work)
+        torch._foreach_copy_(states, table.unbind())
+        return t == 1, warmup, c
 
     @torch.no_grad()
     def swap_to_average(self) -> None:
@@ -174,15 +180,6 @@ class ScheduleFree(Wrapper):
             yield
         finally:
             self.swap_back()
-
-
-def _largest(lrs: List[Union[float, torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
-    numbers = [lr for lr in lrs if not isinstance(lr, torch.Tensor)]
-    out = torch.full((), max(numbers, default=0.0), device=like.device, dtype=like.dtype)
-    for lr in lrs:
-        if isinstance(lr, torch.Tensor):
-            out = torch.maximum(out, lr.to(out))
-    return out
 
 
 def _write(target: torch.Tensor, new: torch.Tensor, work: GroupWork) -> None:

@@ -1,5 +1,5 @@
 """
-The contract table: one row per catalogue name.
+The contract table: a row for each catalogue name, and further ones for optimizers inside others.
 """
 
 from typing import Dict
@@ -12,6 +12,7 @@ from . import (
     noise_cases,
     scion_cases,
     soap_cases,
+    wrapper_cases,
 )
 from .case import Case
 
@@ -23,4 +24,5 @@ CASES: Dict[str, Case] = {
     **scion_cases.CASES,
     **soap_cases.CASES,
     **kron_cases.CASES,
+    **wrapper_cases.CASES,
 }
