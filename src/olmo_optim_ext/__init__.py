@@ -10,9 +10,25 @@ from .catalog import (
     list_optimizers,
     optimizer_info,
 )
+from .elementwise.adafactor import Adafactor, AdafactorConfig
+from .elementwise.adagrad import Adagrad, AdagradConfig
+from .elementwise.adam import Adam, AdamConfig
+from .elementwise.adam_mini import AdamMini, AdamMiniConfig
 from .elementwise.adamw import AdamW, AdamWConfig
+from .elementwise.adan import Adan, AdanConfig
+from .elementwise.ademamix import AdEMAMix, AdEMAMixConfig
+from .elementwise.adopt import Adopt, AdoptConfig
 from .elementwise.cautious_adamw import CautiousAdamW, CautiousAdamWConfig
+from .elementwise.eva import Eva, EvaConfig
+from .elementwise.lamb import Lamb, LambConfig
+from .elementwise.lars import Lars, LarsConfig
+from .elementwise.lion import Lion, LionConfig
+from .elementwise.mars import FirstStep, Mars, MarsConfig, MarsForm
 from .elementwise.nadamw import NAdamW, NAdamWConfig, NesterovForm
+from .elementwise.prodigy import Prodigy, ProdigyConfig
+from .elementwise.radam import RAdam, RAdamConfig
+from .elementwise.rmsprop import RMSprop, RMSpropConfig
+from .elementwise.sgd import SGD, SGDConfig
 from .engine.roles import ParamRole, Role
 from .linalg.orthonormal import Orthonormalization
 from .linalg.polar import PolarForm, PolarMethod
@@ -33,23 +49,47 @@ from .wrappers.sam import SAM, SAMConfig
 from .wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 __all__ = [
+    "Adafactor",
+    "AdafactorConfig",
+    "Adagrad",
+    "AdagradConfig",
+    "Adam",
+    "AdamConfig",
+    "AdamMini",
+    "AdamMiniConfig",
     "AdamW",
     "AdamWConfig",
+    "Adan",
+    "AdanConfig",
+    "AdEMAMix",
+    "AdEMAMixConfig",
+    "Adopt",
+    "AdoptConfig",
     "AlphaAnnealing",
     "CautiousAdamW",
     "CautiousAdamWConfig",
-    "GradientGate",
     "Dion",
     "DionConfig",
+    "Eva",
+    "EvaConfig",
+    "FirstStep",
+    "GradientGate",
     "Kron",
     "KronConfig",
     "KronFit",
+    "Lamb",
+    "LambConfig",
+    "Lars",
+    "LarsConfig",
+    "Lion",
+    "LionConfig",
     "LRScaling",
     "Lookahead",
     "LookaheadConfig",
+    "Mars",
+    "MarsConfig",
+    "MarsForm",
     "MemorySaveMode",
-    "OrthonormalSide",
-    "Orthonormalization",
     "Muon",
     "MuonConfig",
     "MuonIsotropic",
@@ -64,11 +104,19 @@ __all__ = [
     "NorMuon",
     "NorMuonConfig",
     "OptimizerInfo",
+    "Orthonormalization",
+    "OrthonormalSide",
     "ParamRole",
     "PolarForm",
     "PolarMethod",
     "Preset",
+    "Prodigy",
+    "ProdigyConfig",
+    "RAdam",
+    "RAdamConfig",
     "RangerConfig",
+    "RMSprop",
+    "RMSpropConfig",
     "Role",
     "SAM",
     "SAMConfig",
@@ -77,6 +125,8 @@ __all__ = [
     "Scion",
     "ScionConfig",
     "ScionNorm",
+    "SGD",
+    "SGDConfig",
     "Soap",
     "SoapConfig",
     "TrustRegion",

@@ -11,8 +11,8 @@ from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.base import EngineOptions
-from ..engine.elementwise import DECOUPLED, ElementwiseOptimizer, ElementwiseRule, Scalar
+from ..engine.base import DECOUPLED, EngineOptions
+from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
 
 __all__ = ["Adagrad", "AdagradConfig"]
 

@@ -9,8 +9,8 @@ from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.base import EngineOptions
-from ..engine.elementwise import DECOUPLED, ElementwiseOptimizer, ElementwiseRule
+from ..engine.base import DECOUPLED, EngineOptions
+from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule
 from .moments import MOMENTS, adam_scalars, adam_update
 
 __all__ = ["Adam", "AdamConfig"]

@@ -12,9 +12,8 @@ from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.base import EngineOptions
+from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import (
-    DECOUPLED,
     ElementwiseOptimizer,
     ElementwiseRule,
     Scalar,

@@ -14,9 +14,8 @@ from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.base import EngineOptions, GroupWork
+from ..engine.base import DECOUPLED, EngineOptions, GroupWork
 from ..engine.elementwise import (
-    DECOUPLED,
     ElementwiseOptimizer,
     ElementwiseRule,
     Scalar,

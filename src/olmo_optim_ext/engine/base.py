@@ -37,13 +37,28 @@ from torch.distributed.tensor import DTensor
 from .gate import all_finite, decide, gate_state
 from .hyperparameters import Allowed, check_hyperparameters, to_flag
 
-__all__ = ["ALGORITHM", "CALLS", "STEP", "EngineOptions", "ExtOptimizer", "GroupWork", "Member"]
+__all__ = [
+    "ALGORITHM",
+    "CALLS",
+    "DECOUPLED",
+    "STEP",
+    "EngineOptions",
+    "ExtOptimizer",
+    "GroupWork",
+    "Member",
+]
 
 ALGORITHM = "algorithm"
 """Param-group key of optimizers with several rules: which one the parameters of a group follow."""
 
 CALLS = "calls"
 """Param-group key: how often ``step()`` was called, a host integer, the same in every group."""
+
+DECOUPLED = "decoupled_weight_decay"
+"""
+Param-group key of rules that offer both: true for ``p <- (1 - lr * weight_decay) p``, false for L2,
+``g <- g + weight_decay * p`` before anything else.
+"""
 
 STEP = "step"
 """State key: how often the parameter was updated, a 0-d tensor on the parameter's device."""
@@ -275,6 +290,11 @@ class ExtOptimizer(SkipStepOptimizer):
         for key, default in self.defaults.items():
             if isinstance(default, bool):
                 to_flag(values[key], key, type(self).__name__)
+        if not values.get(DECOUPLED, True) and values["cautious_weight_decay"]:
+            raise OLMoConfigurationError(
+                f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
+                "allowed is True, as L2 weight decay has no mask"
+            )
         self.check_group(values)
 
         names = [name for name, _ in named if name is not None]

@@ -28,49 +28,50 @@ from typing import (
 import torch
 from olmo_core.config import StrEnum
 from olmo_core.distributed.utils import get_local_tensor
-from olmo_core.exceptions import OLMoConfigurationError
 
-from .base import CALLS, ExtOptimizer, GroupWork, Member
+from .base import CALLS, DECOUPLED, ExtOptimizer, GroupWork, Member
 from .placement import sharding_dims, sum_over_shards
 from .write import Rounding, chunks, rounding_of, some_of, write_state, write_weights
 
 __all__ = [
-    "DECOUPLED",
+    "LEADING",
+    "DecayForm",
     "ElementwiseOptimizer",
     "ElementwiseRule",
     "Scalar",
     "WholeSums",
     "apply_rule",
     "bias_correction",
+    "compile_rule",
+    "decay_form",
     "decoupled_decay",
     "forget_compiled",
     "no_decay",
+    "scalars_of",
     "sum_over_model",
 ]
-
-DECOUPLED = "decoupled_weight_decay"
-"""
-Param-group key of rules that offer both: true for ``p <- (1 - lr * weight_decay) p``, false for L2,
-``g <- g + weight_decay * p`` before anything else.
-"""
 
 Scalar = Union[float, torch.Tensor]
 """A host number, or a tensor of shape ``(n,)`` with a value for each parameter of the group."""
 
 Update = Callable[..., Tuple[torch.Tensor, ...]]
 SumsOf = Callable[..., Sequence[torch.Tensor]]
+ScalarsOf = Callable[[Mapping[str, Any], torch.Tensor], Sequence[Scalar]]
+DecayOf = Callable[[Mapping[str, Any], torch.Tensor], Scalar]
 
 
-class _Decay(StrEnum):
+class DecayForm(StrEnum):
+    """What ``weight_decay`` of a group does."""
+
     decoupled = "decoupled"
     cautious = "cautious"
     l2 = "l2"
 
 
-def _decay_of(group: Mapping[str, Any]) -> _Decay:
+def decay_form(group: Mapping[str, Any]) -> DecayForm:
     if not group.get(DECOUPLED, True):
-        return _Decay.l2
-    return _Decay.cautious if group["cautious_weight_decay"] else _Decay.decoupled
+        return DecayForm.l2
+    return DecayForm.cautious if group["cautious_weight_decay"] else DecayForm.decoupled
 
 
 def decoupled_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
@@ -115,7 +116,7 @@ class ElementwiseRule:
     buffers: Tuple[str, ...]
     """Names of the state tensors, in the order in which :data:`update` takes and returns them."""
 
-    scalars: Callable[[Mapping[str, Any], torch.Tensor], Sequence[Scalar]]
+    scalars: ScalarsOf
     """From the group's hyperparameters and its clock ``(n,)``: what :data:`update` needs."""
 
     update: Update
@@ -128,7 +129,7 @@ class ElementwiseRule:
 
     sums: Optional[WholeSums] = None
 
-    decay: Callable[[Mapping[str, Any], torch.Tensor], Scalar] = decoupled_decay
+    decay: DecayOf = decoupled_decay
     """From the group and its clock: by what decoupled weight decay multiplies the parameter."""
 
 
@@ -193,12 +194,12 @@ def apply_rule(
     :param names: Of the parameters, for the random numbers of bfloat16 state.
     """
     jobs = [[_job(rule, member) for member in each.members] for each in work]
-    scalars = [_scalars(rule, each) for each in work]
+    scalars = [scalars_of(each, rule.scalars, rule.decay) for each in work]
     sums = rule.sums
     if sums is not None and not all(job.whole for its_jobs in jobs for job in its_jobs):
         scalars = _with_sums(sums, work, jobs, scalars, compiled)
         sums = None
-    for decay in dict.fromkeys(_decay_of(each.group) for each in work):
+    for decay in dict.fromkeys(decay_form(each.group) for each in work):
         # One by one: where shards are not consecutive, places for rounding take much memory.
         calls = (
             _Call(
@@ -206,7 +207,7 @@ def apply_rule(
                 rounding_of(job.member, job.buffers, names, each.group[CALLS], seed),
             )
             for each, its_jobs, its_scalars in zip(work, jobs, scalars)
-            if _decay_of(each.group) == decay
+            if decay_form(each.group) == decay
             for job, its in zip(its_jobs, its_scalars)
             if job.param.numel() > 0
         )
@@ -233,21 +234,18 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1).detach()
 
 
-def _scalars(rule: ElementwiseRule, each: GroupWork) -> List[torch.Tensor]:
+def scalars_of(each: GroupWork, scalars: ScalarsOf, decay: DecayOf) -> List[torch.Tensor]:
     """For each member :data:`LEADING` scalars and the rule's, ``(LEADING + k,)``."""
-    group = each.group
-    if _decay_of(group) == _Decay.l2:
+    group, clock = each.group, each.clock
+    if decay_form(group) == DecayForm.l2:
         leading: Tuple[Scalar, ...] = (1.0, group["weight_decay"])
     else:
-        leading = (rule.decay(group, each.clock), 0.0)
-    values = [*leading, *rule.scalars(group, each.clock)]
+        leading = (decay(group, clock), 0.0)
     columns = [
-        value.to(each.clock)
-        if isinstance(value, torch.Tensor)
-        else torch.full_like(each.clock, value)
-        for value in values
+        value.to(clock) if isinstance(value, torch.Tensor) else torch.full_like(clock, value)
+        for value in (*leading, *scalars(group, clock))
     ]
-    table = torch.stack([column.expand_as(each.clock) for column in columns], dim=1)
+    table = torch.stack([column.expand_as(clock) for column in columns], dim=1)
     rows = table.detach().unbind()
     return [rows[member.slot] for member in each.members]
 
@@ -278,7 +276,7 @@ def sum_over_model(
     :returns: Shape ``(r,)``, float64.
     """
     jobs = [[_job(rule, member) for member in each.members] for each in work]
-    scalars = [_scalars(rule, each) for each in work]
+    scalars = [scalars_of(each, rule.scalars, rule.decay) for each in work]
     return _whole_sums(of, jobs, scalars, compiled).sum(0)
 
 
@@ -347,7 +345,7 @@ def _update_in_place(
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
     proceed: Optional[torch.Tensor],
-    decay: _Decay,
+    decay: DecayForm,
     rounding: Optional[Rounding],
 ) -> None:
     if sums is not None:
@@ -355,11 +353,11 @@ def _update_in_place(
         scalars = _and_from_sums(sums, local, param.numel(), scalars)
     work = scalars.dtype
     old, grad = param.to(work), grad.to(work)
-    if decay == _Decay.l2:
+    if decay == DecayForm.l2:
         grad = grad + old * scalars[1]
     args = (grad, *(buffer.to(work) for buffer in buffers), scalars[LEADING:])
     step, *new_buffers = update(old, *args)
-    write_weights(param, old, step, scalars[0], proceed, decay == _Decay.cautious)
+    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
     write_state(buffers, new_buffers, proceed, rounding)
 
 
@@ -368,7 +366,7 @@ def _update_in_chunks(
     sums: Optional[WholeSums],
     calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
-    decay: _Decay,
+    decay: DecayForm,
 ) -> None:
     for param, grad, buffers, scalars, rounding in calls:
         if sums is not None:
@@ -396,7 +394,7 @@ def _update_batch(
     buffers: Sequence[Sequence[torch.Tensor]],
     scalars: torch.Tensor,
     proceed: Optional[torch.Tensor],
-    decay: _Decay,
+    decay: DecayForm,
     roundings: Sequence[Optional[Rounding]],
 ) -> None:
     for args in zip(params, grads, buffers, scalars.unbind(), roundings):
@@ -408,7 +406,7 @@ def _update_compiled(
     sums: Optional[WholeSums],
     calls: Iterable[_Call],
     proceed: Optional[torch.Tensor],
-    decay: _Decay,
+    decay: DecayForm,
 ) -> None:
     compiled = _compiled(rule, sums)
 
@@ -463,7 +461,7 @@ class _Compiled:
 @lru_cache(maxsize=None)
 def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> _Compiled:
     what = "update" if sums is None else "sum_and_update"
-    return _Compiled(_compile(_update_batch, f"{rule.update.__name__}_{what}"), {})
+    return _Compiled(compile_rule(_update_batch, f"{rule.update.__name__}_{what}"), {})
 
 
 def forget_compiled() -> None:
@@ -477,17 +475,18 @@ def forget_compiled() -> None:
 
 @lru_cache(maxsize=None)
 def _compiled_sums(of: SumsOf) -> Callable[..., Any]:
-    return _compile(_local_sums, f"{of.__name__}_sums")
+    return compile_rule(_local_sums, f"{of.__name__}_sums")
 
 
-def _compile(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def compile_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function of tensors of any length, compiled; :func:`forget_compiled` if it is kept."""
     # A code object of its own, because dynamo counts recompilations per code object: with a shared
     # one, the ninth rule of a process would run eagerly.
     assert isinstance(function, FunctionType)
     # Without dynamic_threads inductor takes the number of threads from the first shape that it
     # sees, and a kernel made for all shapes runs on one thread.
     return torch.compile(
-        FunctionType(function.__code__.replace(co_name=name), globals()),
+        FunctionType(function.__code__.replace(co_name=name), function.__globals__),
         dynamic=True,
         fullgraph=True,
         options={"cpp.dynamic_threads": True},
@@ -508,13 +507,6 @@ class ElementwiseOptimizer(ExtOptimizer):
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         return self.rule_of(group).buffers
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        if not group.get(DECOUPLED, True) and group["cautious_weight_decay"]:
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
-                "allowed is True, as L2 weight decay has no mask"
-            )
 
     def update(self, work: Sequence[GroupWork]) -> None:
         by_rule: Dict[ElementwiseRule, List[GroupWork]] = {}

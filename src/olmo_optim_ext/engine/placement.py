@@ -24,10 +24,12 @@ __all__ = [
     "Groups",
     "Path",
     "Placing",
+    "add_over_shards",
     "data_parallel_group",
     "element_index",
     "gather_whole",
     "local_part",
+    "local_ranges",
     "placing_of",
     "ranges_at",
     "row_range",
@@ -255,6 +257,17 @@ def sum_over_shards(params: Sequence[torch.Tensor], local: torch.Tensor) -> torc
 
     :returns: Shape ``(n, r)``, with one all-reduce for all parameters that are sharded alike.
     """
+    return torch.stack(add_over_shards(params, local.unbind()))
+
+
+def add_over_shards(
+    params: Sequence[torch.Tensor], local: Sequence[torch.Tensor]
+) -> List[torch.Tensor]:
+    """
+    As :func:`sum_over_shards`, for numbers of which each parameter has its own count.
+
+    :param local: For each parameter a vector, of one dtype; on all ranks of the same length.
+    """
     alike: Dict[Tuple[dist.ProcessGroup, ...], List[int]] = {}
     for i, param in enumerate(params):
         groups = tuple(
@@ -263,13 +276,13 @@ def sum_over_shards(params: Sequence[torch.Tensor], local: torch.Tensor) -> torc
             if isinstance(param, DTensor)
         )
         alike.setdefault(groups, []).append(i)
-    out = local.clone()
-    for groups, rows in alike.items():
+    out = list(local)
+    for groups, indices in alike.items():
         if not groups:
             continue
-        total = torch.stack([local[i] for i in rows])
+        total = torch.cat([local[i] for i in indices])
         for group in groups:
             dist.all_reduce(total, group=group)
-        for i, row in zip(rows, total):
-            out[i] = row
+        for i, part in zip(indices, total.split([local[i].numel() for i in indices])):
+            out[i] = part
     return out

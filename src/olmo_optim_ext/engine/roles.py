@@ -121,6 +121,12 @@ class ParamRole:
     head_dim: Optional[int] = None
     """Outputs per attention head, where all outputs belong to heads of q, k or v."""
 
+    scored: int = 0
+    """How many of these outputs, the first ones, are q or k: attention scores are made of them."""
+
+    is_gain: bool = False
+    """Whether it is the gain of a normalization."""
+
 
 def canonical_name(name: str) -> str:
     """
@@ -202,6 +208,8 @@ def classify(model: nn.Module) -> Dict[str, ParamRole]:
             layout=layout,
             parts=() if layout is None else facts.parts,
             head_dim=None if layout is None else facts.head_dim,
+            scored=0 if layout is None else facts.scored,
+            is_gain=facts.is_gain,
         )
     return rows
 
@@ -272,6 +280,8 @@ class _Facts:
     layout: Optional[MatrixLayout] = None
     parts: Tuple[int, ...] = ()
     head_dim: Optional[int] = None
+    scored: int = 0
+    is_gain: bool = False
 
 
 def _facts_by_tensor(model: nn.Module) -> Dict[int, _Facts]:
@@ -283,8 +293,9 @@ def _facts_by_tensor(model: nn.Module) -> Dict[int, _Facts]:
             told[id(module.positional_embedding)].role = Role.embedding
         elif isinstance(module, _NORMS + _EXPERTS):
             # Gains of each head, (heads, head_dim), and biases of experts have two dimensions.
-            for param in module.parameters(recurse=False):
+            for name, param in module.named_parameters(recurse=False):
                 told[id(param)].role = Role.vector
+                told[id(param)].is_gain = isinstance(module, _NORMS) and name == "weight"
         elif isinstance(module, _CONVOLUTIONS):
             told[id(module.weight)].role = Role.vector
             told[id(module.weight)].layout = _layout_of_convolution(module)
@@ -295,8 +306,9 @@ def _facts_by_tensor(model: nn.Module) -> Dict[int, _Facts]:
             told[id(weight)] = _Facts(Role.experts, layout, parts)
         for projection, parts in _fused_projections(module):
             told[id(projection)].parts = parts
-        for projection, head_dim in _head_projections(module):
+        for projection, head_dim, scored in _head_projections(module):
             told[id(projection)].head_dim = head_dim
+            told[id(projection)].scored = scored
     return told
 
 
@@ -359,31 +371,41 @@ def _fused_projections(module: Any) -> Iterator[Tuple[torch.Tensor, Tuple[int, .
         yield weight, (module.split_size,) * (weight.shape[1] // module.split_size)
 
 
-def _head_projections(module: Any) -> Iterator[Tuple[torch.Tensor, Optional[int]]]:
-    """The weights of a sequence mixer's projections to q, k and v, with the outputs per head."""
+def _head_projections(module: Any) -> Iterator[Tuple[torch.Tensor, Optional[int], int]]:
+    """
+    The weights of a sequence mixer's projections to q, k and v, with the outputs per head, and how
+    many of the outputs are q or k.
+    """
     if isinstance(module, FusedAttentionV2):
-        yield module.w_qkv.weight, module.head_dim
+        yield module.w_qkv.weight, module.head_dim, module.q_dim + module.kv_dim
     elif isinstance(module, Attention):
-        for projection in (module.w_q, module.w_k, module.w_v):
-            yield projection.weight, module.head_dim
+        yield from _apart(module.w_q.weight, module.w_k.weight, module.w_v.weight, module.head_dim)
     elif isinstance(module, (GatedDeltaNet, KimiDeltaAttention)):
-        yield module.w_q.weight, module.head_k_dim
-        yield module.w_k.weight, module.head_k_dim
-        yield module.w_v.weight, module.head_v_dim
+        yield module.w_q.weight, module.head_k_dim, len(module.w_q.weight)
+        yield module.w_k.weight, module.head_k_dim, len(module.w_k.weight)
+        yield module.w_v.weight, module.head_v_dim, 0
     elif isinstance(module, ViTAttention):
-        for projection in (module.wq, module.wk, module.wv):
-            yield projection.weight, module.head_dim
+        yield from _apart(module.wq.weight, module.wk.weight, module.wv.weight, module.head_dim)
     elif isinstance(module, VisionConnector) and module.pooling is not None:
-        for projection in (module.pooling.wq, module.pooling.wk, module.pooling.wv):
-            yield projection.weight, module.pooling.head_dim
+        pooling = module.pooling
+        yield from _apart(pooling.wq.weight, pooling.wk.weight, pooling.wv.weight, pooling.head_dim)
     elif isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is not None:
-            yield module.in_proj_weight, module.head_dim
+            yield module.in_proj_weight, module.head_dim, 2 * module.embed_dim
         else:
-            for weight in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                yield weight, module.head_dim
+            q, k, v = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+            yield from _apart(q, k, v, module.head_dim)
     elif (weight := _hugging_face_c_attn(module)) is not None:
-        yield weight, getattr(module, "head_dim", None)
+        # Of queries, keys and values together, or of the last two.
+        scored = weight.shape[1] - module.split_size
+        yield weight, getattr(module, "head_dim", None), scored
+
+
+def _apart(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dim: int
+) -> Iterator[Tuple[torch.Tensor, int, int]]:
+    for weight, scored in ((q, len(q)), (k, len(k)), (v, 0)):
+        yield weight, head_dim, scored
 
 
 def _hugging_face_c_attn(module: Any) -> Optional[torch.Tensor]:

@@ -133,11 +133,28 @@ class Case:
     fast_lr: float
     """A learning rate that solves the small problems."""
 
+    fast_lr_of: Dict[str, float] = field(default_factory=dict)
+    """
+    Other learning rates for some of the problems, by name, of rules whose step grows with the
+    gradient: what is fast for one problem diverges for another.
+    """
+
+    bound: Callable[[float, float], float] = lambda lr, largest_grad: 5 * 5 * lr
+    """
+    How far five updates may move a coordinate: from the learning rate and the largest gradient.
+    """
+
+    whole_model: bool = False
+    """Whether the update of a parameter also follows from the gradients of the others."""
+
     state_bytes: Dict[str, float] = field(default_factory=dict)
     """Bytes of state per parameter by algorithm."""
 
     factor_bytes: Callable[[int, int], float] = lambda n_out, n_in: 0
     """Bytes of state of an ``(out, in)`` matrix beside these."""
+
+    own_bytes: Callable[[str, Tuple[int, ...]], float] = lambda name, shape: 0
+    """Bytes of state of a parameter beside these, by name and shape."""
 
     without_decay: Dict[str, Any] = field(default_factory=lambda: {"weight_decay": 0.0})
     """Fields with which nothing is done to parameters but the update."""
@@ -189,3 +206,8 @@ BAD_ENGINE: List[Dict[str, Any]] = [
     {"seed": -1},
     {"cautious_weight_decay": "yes"},
 ]
+
+
+def grows_with_gradient(lr: float, largest_grad: float) -> float:
+    """The bound of a rule whose step is proportional to the gradient."""
+    return 5 * 5 * lr * (1 + largest_grad)

@@ -29,6 +29,7 @@ from .case import (
     MixedShapes,
     Oracle,
     grads_at,
+    grows_with_gradient,
     set_lr,
     torch_oracle,
     weights,
@@ -122,17 +123,22 @@ _BAD_LOOKAHEAD: List[Dict[str, Any]] = [
 ]
 
 
-def _case(config: ExtOptimConfig, oracles: List[Any], bad: List[Dict[str, Any]]) -> Case:
+def _case(
+    config: ExtOptimConfig, oracles: List[Any], bad: List[Dict[str, Any]], **fields: Any
+) -> Case:
     inner = config.rule_config
     is_muon = isinstance(inner, MuonConfig)
     extra = 0 if isinstance(config, SAMConfig) else 4
+    free, fast = isinstance(config, ScheduleFreeConfig), 0.3 if is_muon else 0.05
     return Case(
         config=config,
         oracles=oracles,
         bad_fields=bad,
         bitwise=not is_muon and not isinstance(config, SAMConfig),
-        fast_lr=0.3 if is_muon else 0.05,
+        fast_lr=0.1 if free and not is_muon else fast,
         state_bytes={"muon": 4 + extra, "adamw": 8 + extra} if is_muon else {"": 8 + extra},
+        own_bytes=lambda name, shape: 8 if free else 0,
+        **fields,
     )
 
 
@@ -184,7 +190,7 @@ CASES: Dict[str, Case] = {
     ),
     "lookahead_muon": _muon(LookaheadConfig(inner=MUON, **COMMON), _lookahead(5, 0.5), 2e-6),
     "ranger": _case(
-        RangerConfig(**COMMON),
+        RangerConfig(inner={"betas": [0.9, 0.9]}, **COMMON),
         [
             (
                 RangerConfig(**COMMON),
@@ -206,6 +212,8 @@ CASES: Dict[str, Case] = {
             )
         ],
         _BAD_LOOKAHEAD,
+        fast_lr_of={"rosenbrock": 0.005},
+        bound=grows_with_gradient,
     ),
     "schedule_free": _case(
         _free_adamw,

@@ -1,0 +1,458 @@
+"""
+The step loop for rules that know a matrix by numbers of its rows and columns: second moments that
+are factored, or shared by a row or several.
+
+Such a number is that of the whole row, whichever ranks have parts of it: sums over what each rank
+has are added over all, once for all parameters of a step. So these numbers are the same on all
+ranks, which all keep them.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from olmo_core.distributed.utils import get_local_tensor
+from olmo_core.exceptions import OLMoConfigurationError, OLMoError
+from typing_extensions import Unpack
+
+from .base import CALLS, EngineOptions, ExtOptimizer, GroupWork, Member
+from .elementwise import (
+    LEADING,
+    DecayForm,
+    Scalar,
+    compile_rule,
+    decay_form,
+    decoupled_decay,
+    scalars_of,
+)
+from .layout import Block, MatrixLayout
+from .placement import add_over_shards, local_ranges
+from .write import CHUNK, Rounding, rounding_of, write_state, write_weights
+
+__all__ = ["RowLayout", "RowMatrix", "RowSums", "RowwiseOptimizer"]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The matrices of a parameter, and how many rows share a number."""
+
+    layout: MatrixLayout
+
+    shared_by: Tuple[int, ...] = ()
+    """For each matrix of how many rows; 1 if it is not said. It divides them."""
+
+    @cached_property
+    def matrices(self) -> List["RowMatrix"]:
+        blocks = self.layout.blocks()
+        sizes = self.shared_by or (1,) * len(blocks)
+        return [RowMatrix(*_shape(block, self.layout), n) for block, n in zip(blocks, sizes)]
+
+
+class RowMatrix(NamedTuple):
+    """A matrix, with its outputs as rows."""
+
+    n_rows: int
+    n_cols: int
+    shared_by: int
+    """How many rows share a number."""
+
+
+class RowSums(NamedTuple):
+    """Sums of squares of a whole gradient, float64."""
+
+    rows: torch.Tensor
+    """``(n_rows,)``."""
+    cols: Optional[torch.Tensor]
+    """``(n_cols,)``, if the rule wants them."""
+
+
+class Numbers(NamedTuple):
+    """What elements are multiplied by, or whatever the rule makes of it."""
+
+    row: torch.Tensor
+    """``(n_rows,)``, in the dtype of the clock."""
+    col: torch.Tensor
+    """``(n_cols,)``, or ``(1,)`` for all columns."""
+
+
+class _Piece(NamedTuple):
+    """The part of a matrix that this rank has."""
+
+    matrix: int
+    """Which of the parameter's."""
+    rows: slice
+    """In the local part of the parameter, seen as ``(rows, cols)``."""
+    cols: slice
+    first_row: int
+    """In the matrix, with its outputs as rows."""
+    first_col: int
+
+
+def _shape(block: Block, layout: MatrixLayout) -> Tuple[int, int]:
+    shape = (block.n_rows, block.n_cols)
+    return shape[::-1] if layout.in_out else shape
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What does not change from step to step for a parameter."""
+
+    layout: RowLayout
+    pieces: Sequence[_Piece]
+    shape: Tuple[int, int]
+    """Of the local part, as ``(rows, cols)``."""
+    columns: bool
+    """Whether there are sums of columns."""
+
+    def view(self, x: torch.Tensor, piece: _Piece) -> torch.Tensor:
+        """A piece of the local part of a parameter, ``(rows, cols)`` with outputs as rows."""
+        # Detached, because dynamo guards on the shape of what a tensor is a view of.
+        part = x.view(self.shape)[piece.rows, piece.cols].detach()
+        return part.mT if self.layout.layout.in_out else part
+
+    @cached_property
+    def sizes(self) -> List[int]:
+        """Of the parts of the vector that is added over ranks: rows, columns of each matrix."""
+        return [
+            n
+            for matrix in self.layout.matrices
+            for n in ((matrix.n_rows, matrix.n_cols) if self.columns else (matrix.n_rows,))
+        ]
+
+    def split(self, flat: torch.Tensor) -> List[RowSums]:
+        """The sums of each matrix, as views."""
+        parts = flat[: sum(self.sizes)].split(self.sizes)
+        if not self.columns:
+            return [RowSums(rows, None) for rows in parts]
+        return [RowSums(*pair) for pair in zip(parts[::2], parts[1::2])]
+
+
+class _Job(NamedTuple):
+    """One parameter of a step."""
+
+    member: Member
+    plan: _Plan
+    work: GroupWork
+    scalars: torch.Tensor
+    """Those of the engine, and the rule's."""
+
+    @property
+    def tensors(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The local parts of the parameter and of its gradient."""
+        return get_local_tensor(self.member.param), self.member.grad.contiguous()
+
+
+class RowwiseOptimizer(ExtOptimizer):
+    """
+    An optimizer that keeps vectors for the rows and columns of matrices. A subclass says which, how
+    they follow from sums of squares, and what they do to an element.
+
+    :param layouts: By canonical name, the matrices of a parameter; if it is not named, its first
+        dimension is rows, and all of a vector is one row.
+    """
+
+    buffer_names: Tuple[str, ...] = ()
+    """Names of the state of each element."""
+
+    sums_columns: bool = False
+    """Whether the rule wants sums of columns beside those of rows."""
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: Dict[str, Any],
+        layouts: Optional[Mapping[str, RowLayout]] = None,
+        **engine: Unpack[EngineOptions],
+    ):
+        self._layouts = dict(layouts or {})
+        self._plans: Dict[torch.Tensor, _Plan] = {}
+        super().__init__(params, defaults, **engine)
+
+    def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
+        return self.buffer_names
+
+    def vectors(self, matrix: RowMatrix) -> Dict[str, int]:
+        """Names and lengths of the state vectors of a matrix."""
+        raise NotImplementedError
+
+    def scalars(self, group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
+        """As :data:`~olmo_optim_ext.engine.elementwise.ElementwiseRule.scalars`."""
+        raise NotImplementedError
+
+    def follow(
+        self,
+        matrix: RowMatrix,
+        sums: RowSums,
+        vectors: Mapping[str, torch.Tensor],
+        scalars: Sequence[torch.Tensor],
+    ) -> Tuple[Numbers, Dict[str, torch.Tensor]]:
+        """The numbers of a matrix's rows and columns, and its new state vectors."""
+        raise NotImplementedError
+
+    whole_sum: Any = None
+    """
+    ``(param, grad, row, col, scalars) -> 0-d sums``, if the rule needs any: they are added over the
+    parameter. A static method; pure.
+    """
+
+    def more_scalars(
+        self, totals: torch.Tensor, numel: int, scalars: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """What follows from :meth:`whole_sum`: further scalars of :meth:`rule`."""
+        return ()
+
+    rule: Any
+    """
+    ``(param, grad, *buffers, row, col, scalars) -> (what is subtracted, *buffers)``: elements
+    ``(r, c)``, ``row`` is ``(r, 1)``, ``col`` is ``(1, c)`` or ``(1, 1)``. A static method; pure.
+    """
+
+    def _create_state(self, group: Dict[str, Any]) -> torch.Tensor:
+        clock = super()._create_state(group)
+        for param in (p for p in group["params"] if p.requires_grad):
+            if not get_local_tensor(param).is_contiguous():
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: parameter '{self.name_of(param)}' is not contiguous, "
+                    "allowed are contiguous parameters"
+                )
+            plan = _plan(param, self._layouts.get(self.name_of(param)), self.sums_columns)
+            self._plans[param] = plan
+            lengths: Dict[str, int] = {}
+            for matrix in plan.layout.matrices:
+                for name, n in self.vectors(matrix).items():
+                    lengths[name] = lengths.get(name, 0) + n
+            for name, n in lengths.items():
+                self.state[param][name] = torch.zeros(n, dtype=clock.dtype, device=param.device)
+        return clock
+
+    def update(self, work: Sequence[GroupWork]) -> None:
+        jobs = [
+            _Job(member, self._plans[member.param], each, scalars)
+            for each in work
+            for member, scalars in zip(
+                each.members, scalars_of(each, self.scalars, decoupled_decay)
+            )
+        ]
+        params = [job.member.param for job in jobs]
+        totals = add_over_shards(params, [self._sums(job) for job in jobs])
+        numbers = [self._follow(job, total) for job, total in zip(jobs, totals)]
+        local = [self._whole_sums(job, its) for job, its in zip(jobs, numbers)]
+        if local[0] is not None:
+            summed = add_over_shards(params, [each for each in local if each is not None])
+            jobs = [job._replace(scalars=self._extended(job, s)) for job, s in zip(jobs, summed)]
+        for job, its in zip(jobs, numbers):
+            self._write(job, its)
+
+    def _sums(self, job: _Job) -> torch.Tensor:
+        """Sums of squares of what this rank has of a gradient, zeros elsewhere: a vector."""
+        flat = torch.zeros(sum(job.plan.sizes), dtype=torch.float64, device=job.member.grad.device)
+        sums = job.plan.split(flat)
+        l2 = decay_form(job.work.group) == DecayForm.l2
+        for piece in job.plan.pieces:
+            param, grad = (job.plan.view(x, piece) for x in job.tensors)
+            rows, cols = sums[piece.matrix]
+            for i, j in self._chunks(grad):
+                its_rows, its_cols = self._kernel(_squares, grad)(
+                    param[i:j] if l2 else None, grad[i:j], job.scalars, cols is not None
+                )
+                rows[piece.first_row + i : piece.first_row + j] += its_rows
+                if cols is not None:
+                    cols[piece.first_col : piece.first_col + grad.shape[1]] += its_cols
+        return flat
+
+    def _follow(self, job: _Job, total: torch.Tensor) -> List[Numbers]:
+        """The numbers of each matrix; keeps its new vectors."""
+        out: List[Numbers] = []
+        begins: Dict[str, int] = {}
+        scalars = job.scalars[LEADING:].unbind()
+        for matrix, sums in zip(job.plan.layout.matrices, job.plan.split(total)):
+            old = {}
+            for name, n in self.vectors(matrix).items():
+                begin = begins.get(name, 0)
+                old[name] = job.member.state[name][begin : begin + n]
+                begins[name] = begin + n
+            numbers, new = self.follow(matrix, sums, old, scalars)
+            out.append(numbers)
+            write_state(list(old.values()), [new[key] for key in old], job.work.proceed, None)
+        return out
+
+    def _whole_sums(self, job: _Job, numbers: Sequence[Numbers]) -> Optional[torch.Tensor]:
+        if self.whole_sum is None:
+            return None
+        parts = []
+        for piece in job.plan.pieces:
+            param, grad = (job.plan.view(x, piece) for x in job.tensors)
+            row, col = _numbers_of(numbers[piece.matrix], piece, grad)
+            for i, j in self._chunks(grad):
+                parts.append(
+                    self._kernel(_whole_sum, grad)(
+                        self.whole_sum,
+                        decay_form(job.work.group) == DecayForm.l2,
+                        *(param[i:j], grad[i:j], row[i:j], col, job.scalars),
+                    )
+                )
+        if not parts:
+            empty = job.member.grad.new_zeros(1, 1)
+            args = (empty, empty, empty, empty, job.scalars)
+            parts = [0 * _whole_sum(self.whole_sum, False, *args)]
+        return torch.stack(parts).sum(0)
+
+    def _extended(self, job: _Job, totals: torch.Tensor) -> torch.Tensor:
+        scalars = job.scalars[LEADING:].unbind()
+        more = self.more_scalars(totals, job.member.param.numel(), scalars)
+        return torch.cat([job.scalars, torch.stack(list(more)).to(job.scalars)])
+
+    def _write(self, job: _Job, numbers: Sequence[Numbers]) -> None:
+        param, grad = job.tensors
+        buffers = [job.member.local(name) for name in self.buffer_names]
+        rounding = rounding_of(job.member, buffers, self._names, job.work.group[CALLS], self._seed)
+        places = None if rounding is None else _all_places(rounding, job.plan.shape)
+        for piece in job.plan.pieces:
+            views = [job.plan.view(x, piece) for x in (param, grad, *buffers)]
+            row, col = _numbers_of(numbers[piece.matrix], piece, views[1])
+            its_places = None if places is None else job.plan.view(places, piece)
+            for i, j in self._chunks(views[1]):
+                its_rounding = None
+                if rounding is not None and its_places is not None:
+                    its_rounding = Rounding(rounding.keys, its_places[i:j])
+                self._kernel(_update_piece, views[1])(
+                    self.rule,
+                    *(view[i:j] for view in views[:2]),
+                    [view[i:j] for view in views[2:]],
+                    *(row[i:j], col, job.scalars, job.work.proceed),
+                    *(decay_form(job.work.group), its_rounding),
+                )
+
+    def _chunks(self, x: torch.Tensor) -> List[Tuple[int, int]]:
+        """First and last row of what an eager rule takes at a time."""
+        n_rows, n_cols = x.shape
+        size = n_rows
+        if x.device.type == "cpu" and not self._compile:
+            size = max(1, CHUNK // max(n_cols, 1))
+        return [(begin, min(begin + size, n_rows)) for begin in range(0, n_rows, max(size, 1))]
+
+    def _kernel(self, function: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:
+        # dynamo makes kernels of their own for lengths of 1; vectors are not worth them.
+        if not self._compile or min(x.shape) == 1:
+            return function
+        return _compiled(function, type(self).__name__)
+
+
+@lru_cache(maxsize=None)
+def _compiled(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    return compile_rule(function, f"{name}{function.__name__}")
+
+
+def _squares(
+    param: Optional[torch.Tensor], grad: torch.Tensor, scalars: torch.Tensor, columns: bool
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    grad = grad.to(scalars.dtype)
+    if param is not None:
+        grad = grad + param.to(scalars.dtype) * scalars[1]
+    squares = grad * grad
+    cols = squares.sum(0).to(torch.float64) if columns else None
+    return squares.sum(1).to(torch.float64), cols
+
+
+def _whole_sum(
+    whole_sum: Callable[..., Sequence[torch.Tensor]],
+    l2: bool,
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    row: torch.Tensor,
+    col: torch.Tensor,
+    scalars: torch.Tensor,
+) -> torch.Tensor:
+    work = scalars.dtype
+    param, grad = param.to(work), grad.to(work)
+    if l2:
+        grad = grad + param * scalars[1]
+    sums = whole_sum(param, grad, row, col, scalars[LEADING:])
+    return torch.stack([each.to(torch.float64) for each in sums])
+
+
+def _update_piece(
+    rule: Callable[..., Tuple[torch.Tensor, ...]],
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    buffers: Sequence[torch.Tensor],
+    row: torch.Tensor,
+    col: torch.Tensor,
+    scalars: torch.Tensor,
+    proceed: Optional[torch.Tensor],
+    decay: DecayForm,
+    rounding: Optional[Rounding],
+) -> None:
+    work = scalars.dtype
+    old, grad = param.to(work), grad.to(work)
+    if decay == DecayForm.l2:
+        grad = grad + old * scalars[1]
+    step, *new = rule(old, grad, *(b.to(work) for b in buffers), row, col, scalars[LEADING:])
+    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
+    write_state(buffers, new, proceed, rounding)
+
+
+def _numbers_of(
+    numbers: Numbers, piece: _Piece, x: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """``(r, 1)`` and ``(1, c)`` for the elements of a piece."""
+    n_rows, n_cols = x.shape
+    row = numbers.row[piece.first_row : piece.first_row + n_rows]
+    col = numbers.col
+    if len(col) > 1:
+        col = col[piece.first_col : piece.first_col + n_cols]
+    return row.unsqueeze(1).detach(), col.unsqueeze(0).detach()
+
+
+def _all_places(rounding: Rounding, shape: Tuple[int, int]) -> torch.Tensor:
+    """The place of each local element in the whole parameter, ``(rows, cols)``."""
+    places = rounding.places
+    if places.ndim == 0:  # of the first of consecutive elements
+        places = torch.arange(math.prod(shape), device=places.device) + places
+    return places.view(shape)
+
+
+def _plan(param: torch.Tensor, layout: Optional[RowLayout], columns: bool) -> _Plan:
+    if layout is None:
+        shape = param.shape if param.ndim > 1 else (1, param.numel())
+        layout = RowLayout(MatrixLayout.whole(shape))
+    rows, cols = _ids(param, layout.layout)
+    pieces = []
+    for index, block in enumerate(layout.layout.blocks()):
+        its_rows = _held(rows, block.first_row, block.n_rows)
+        its_cols = _held(cols, block.first_col, block.n_cols)
+        if its_rows is None or its_cols is None:
+            continue
+        first = (rows[its_rows.start] - block.first_row, cols[its_cols.start] - block.first_col)
+        first_row, first_col = reversed(first) if layout.layout.in_out else first
+        pieces.append(_Piece(index, its_rows, its_cols, int(first_row), int(first_col)))
+    return _Plan(layout, pieces, (len(rows), len(cols)), columns)
+
+
+def _ids(param: torch.Tensor, layout: MatrixLayout) -> Tuple[np.ndarray, np.ndarray]:
+    """Which rows and columns of the whole parameter this rank has, in order."""
+    ranges = local_ranges(param)
+    for k in range(param.ndim + 1):
+        if math.prod(param.shape[:k]) == layout.rows:
+            return _flat(ranges[:k], param.shape[:k]), _flat(ranges[k:], param.shape[k:])
+    raise OLMoError(f"a parameter of shape {tuple(param.shape)} has no {layout.rows} rows")
+
+
+def _flat(ranges: Sequence[Tuple[int, int]], shape: Sequence[int]) -> np.ndarray:
+    ids = np.zeros(1, dtype=np.int64)
+    for (first, n), size in zip(ranges, shape):
+        ids = (ids[:, None] * size + np.arange(first, first + n)).reshape(-1)
+    return ids
+
+
+def _held(ids: np.ndarray, first: int, n: int) -> Optional[slice]:
+    """Which of the sorted ids lie in a range; ``None`` if none."""
+    begin, end = np.searchsorted(ids, [first, first + n])
+    if begin == end:
+        return None
+    if ids[end - 1] - ids[begin] != end - begin - 1:
+        raise OLMoError("the rows of a matrix that a rank has are not consecutive")
+    return slice(int(begin), int(end))
