@@ -21,8 +21,8 @@ __all__ = ["Adafactor", "AdafactorConfig"]
 
 class Adafactor(RowwiseOptimizer):
     """
-    Adafactor. Each matrix of a stack is factored on its own; a vector is a matrix of one row, whose
-    columns are its second moment. For the arguments see :class:`AdafactorConfig`.
+    Adafactor. Each matrix of a stack is factored on its own, vectors are not. For the arguments see
+    :class:`AdafactorConfig`.
 
     :raises OLMoConfigurationError: If a value is out of its range.
     """
@@ -54,6 +54,8 @@ class Adafactor(RowwiseOptimizer):
         super().__init__(params, defaults, layouts=layouts, **engine)
 
     def vectors(self, matrix: RowMatrix) -> Dict[str, int]:
+        if matrix.is_vector:
+            return {"variance": matrix.n_cols}
         return {"row_var": matrix.n_rows, "col_var": matrix.n_cols}
 
     def scalars(self, group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
@@ -70,18 +72,19 @@ class Adafactor(RowwiseOptimizer):
     ) -> Tuple[Numbers, Dict[str, torch.Tensor]]:
         """
         ``R <- b R + (1 - b) row means of g^2``, ``C <- b C + (1 - b) column means``, with
-        ``1 - b = t^beta2_decay``. The second moment is ``R C / max(mean(R), eps)``.
+        ``1 - b = t^beta2_decay``. The second moment is ``R C / max(mean(R), eps)``; of a vector it
+        is that of each element.
         """
         _, _, _, eps, new, old = scalars
         assert sums.cols is not None
-        row_means = (sums.rows / matrix.n_cols).to(new.dtype)
         col_means = (sums.cols / matrix.n_rows).to(new.dtype)
+        if matrix.is_vector:
+            variance = vectors["variance"] * old + col_means * new
+            return Numbers(variance.new_ones(1), variance), {"variance": variance}
+        row_means = (sums.rows / matrix.n_cols).to(new.dtype)
         row_var = vectors["row_var"] * old + row_means * new
         col_var = vectors["col_var"] * old + col_means * new
-        if matrix.n_rows == 1:
-            row = torch.ones_like(row_var)  # a vector: its columns are all that there is
-        else:
-            row = row_var / torch.maximum(row_var.mean(), eps)
+        row = row_var / torch.maximum(row_var.mean(), eps)
         return Numbers(row, col_var), {"row_var": row_var, "col_var": col_var}
 
     @staticmethod

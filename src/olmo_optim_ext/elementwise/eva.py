@@ -36,7 +36,8 @@ def sums_of_gradient(
     scalars: torch.Tensor,
 ) -> Tuple[torch.Tensor, ...]:
     """``sum(g)`` and ``sum(g^2)``, of the gradient without weight decay."""
-    return grad.sum(), (grad * grad).sum()
+    wide = grad.to(torch.float64)  # the variance is a difference of what follows
+    return wide.sum(), (wide * wide).sum()
 
 
 def variance_factor(
@@ -76,7 +77,9 @@ class Eva(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(MOMENTS, eva_scalars, eva, WholeSums(sums_of_gradient, variance_factor))
+    rule = ElementwiseRule(
+        MOMENTS, eva_scalars, eva, WholeSums(sums_of_gradient, variance_factor, raw_gradient=True)
+    )
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from ..engine.elementwise import (
     ElementwiseOptimizer,
     ElementwiseRule,
     Scalar,
+    WholeSums,
     apply_rule,
     bias_correction,
     sum_over_model,
@@ -99,6 +100,9 @@ def prodigy(
     return step, exp_avg, exp_avg_sq, grad_sum * beta3 + grad * of_grad, first_param
 
 
+_PROGRESS_SUMS = WholeSums(progress, lambda *_: ())
+
+
 class Prodigy(ElementwiseOptimizer):
     """
     Prodigy, with one ``d`` for the whole model. For the arguments see :class:`ProdigyConfig`.
@@ -177,7 +181,7 @@ class Prodigy(ElementwiseOptimizer):
         step_size = d * group["lr"] * _correction(group, updates + 1)
 
         known = _with(work, {_D: d, _D_STEP: step_size, _D_NEXT: d})
-        inner, size = sum_over_model(self.rule, progress, known, self._compile).unbind()
+        inner, size = sum_over_model(self.rule, _PROGRESS_SUMS, known, self._compile).unbind()
         numerator = slow_beta(group) * numerator + d / group["d0"] * step_size * inner
         # As long as all gradients are zero nothing is known and nothing moves.
         moves = size > 0

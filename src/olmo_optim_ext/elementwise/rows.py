@@ -256,6 +256,6 @@ ROWS: Tuple[OptimizerInfo, ...] = (
         paper="arXiv:1804.04235",
         state_bytes_per_param=0,
         exchange="8 bytes a row and a column, and 16 a parameter tensor, in two all-reduces",
-        factors="4 (out + in) bytes a matrix; a vector 4 bytes an element and 4 more",
+        factors="4 (out + in) bytes a matrix; a vector 4 bytes an element",
     ),
 )

@@ -10,7 +10,9 @@ by copying into the tensors that exist.
 """
 
 import copy
+import inspect
 from enum import Enum
+from functools import lru_cache
 from typing import (
     Any,
     Callable,
@@ -287,9 +289,8 @@ class ExtOptimizer(SkipStepOptimizer):
             group[key] = _plain(group[key])
         values = {**self.defaults, **group}
         check_hyperparameters(values, type(self).__name__, self.allowed)
-        for key, default in self.defaults.items():
-            if isinstance(default, bool):
-                to_flag(values[key], key, type(self).__name__)
+        for key in _flags(type(self).__mro__) & values.keys():
+            to_flag(values[key], key, type(self).__name__)
         if not values.get(DECOUPLED, True) and values["cautious_weight_decay"]:
             raise OLMoConfigurationError(
                 f"{type(self).__name__}: '{DECOUPLED}' is False with 'cautious_weight_decay', "
@@ -566,6 +567,18 @@ class ExtOptimizer(SkipStepOptimizer):
                     f"{type(self).__name__}: the state to load for '{self.name_of(param)}' has "
                     f"'{key}' of shape {found}, this optimizer keeps {tuple(expected)}"
                 )
+
+
+@lru_cache(maxsize=None)
+def _flags(classes: Tuple[Any, ...]) -> FrozenSet[str]:
+    """The keywords of an optimizer and its base classes whose defaults are true or false."""
+    signatures = [inspect.signature(cls.__init__) for cls in classes]
+    return frozenset(
+        name
+        for signature in signatures
+        for name, parameter in signature.parameters.items()
+        if isinstance(parameter.default, bool)
+    )
 
 
 def _plain(value: Any) -> Any:

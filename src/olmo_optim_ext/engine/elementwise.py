@@ -91,9 +91,8 @@ class WholeSums:
     of: SumsOf
     """
     ``(param, grad, *buffers, scalars) -> 0-d tensors``: sums over the elements given, with the
-    arguments of :data:`ElementwiseRule.update` but for the last scalars, and the gradient without
-    L2 weight decay. They are added over the whole parameter, on all ranks, in float64: counts are
-    exact.
+    arguments of :data:`ElementwiseRule.update` but for the last scalars. They are added over the
+    whole parameter, on all ranks, in float64: counts are exact.
     """
 
     scalars: Callable[..., Sequence[torch.Tensor]]
@@ -101,6 +100,9 @@ class WholeSums:
     ``(sums, numel, scalars)``: further scalars of :data:`ElementwiseRule.update`, after those that
     it is given. Sums and scalars are sequences of tensors of one shape; pure.
     """
+
+    raw_gradient: bool = False
+    """Whether sums are of gradients without L2 weight decay."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _with_sums(
     compiled: bool,
 ) -> List[List[torch.Tensor]]:
     """The scalars with those that follow from sums: one exchange for all parameters of a step."""
-    totals = _whole_sums(sums.of, jobs, scalars, compiled)
+    totals = _whole_sums(sums, work, jobs, scalars, compiled)
     numels = tuple(job.member.param.numel() for its_jobs in jobs for job in its_jobs)
     numel = _float64(numels, totals.device)
     flat = torch.stack([its for its_scalars in scalars for its in its_scalars])
@@ -268,33 +270,35 @@ def _with_sums(
 
 
 def sum_over_model(
-    rule: ElementwiseRule, of: SumsOf, work: Sequence[GroupWork], compiled: bool
+    rule: ElementwiseRule, sums: WholeSums, work: Sequence[GroupWork], compiled: bool
 ) -> torch.Tensor:
     """
-    What :data:`WholeSums.of` is, added over all parameters, on all ranks.
+    The sums added over all parameters, on all ranks.
 
     :returns: Shape ``(r,)``, float64.
     """
     jobs = [[_job(rule, member) for member in each.members] for each in work]
     scalars = [scalars_of(each, rule.scalars, rule.decay) for each in work]
-    return _whole_sums(of, jobs, scalars, compiled).sum(0)
+    return _whole_sums(sums, work, jobs, scalars, compiled).sum(0)
 
 
 def _whole_sums(
-    of: SumsOf,
+    sums: WholeSums,
+    work: Sequence[GroupWork],
     jobs: Sequence[Sequence[_Job]],
     scalars: Sequence[Sequence[torch.Tensor]],
     compiled: bool,
 ) -> torch.Tensor:
     """For each parameter, those of the first group first, its sums: ``(n, r)``, float64."""
     params, local = [], []
-    compiled_sums = _compiled_sums(of) if compiled else _sums_in_chunks
-    for its_jobs, its_scalars in zip(jobs, scalars):
+    compiled_sums = _compiled_sums(sums) if compiled else _sums_in_chunks
+    for each, its_jobs, its_scalars in zip(work, jobs, scalars):
         for job, its in zip(its_jobs, its_scalars):
             params.append(job.member.param)
             # As in _update_compiled: no kernel of their own for lengths 0 and 1.
             count = compiled_sums if job.param.numel() > 1 else _sums_in_chunks
-            local.append(count(of, job.param, job.grad, job.buffers, its))
+            args = (job.param, job.grad, job.buffers, its)
+            local.append(count(sums, *args, decay_form(each.group)))
     return sum_over_shards(params, torch.stack(local))
 
 
@@ -305,26 +309,31 @@ def _float64(values: Tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _local_sums(
-    of: SumsOf,
+    sums: WholeSums,
     param: torch.Tensor,
     grad: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
+    decay: DecayForm,
 ) -> torch.Tensor:
     work = scalars.dtype
-    args = (x.to(work) for x in (param, grad, *buffers))
-    return torch.stack([part.to(torch.float64) for part in of(*args, scalars[LEADING:])])
+    param, grad, *buffers = (x.to(work) for x in (param, grad, *buffers))
+    if decay == DecayForm.l2 and not sums.raw_gradient:
+        grad = grad + param * scalars[1]
+    parts = sums.of(param, grad, *buffers, scalars[LEADING:])
+    return torch.stack([part.to(torch.float64) for part in parts])
 
 
 def _sums_in_chunks(
-    of: SumsOf,
+    sums: WholeSums,
     param: torch.Tensor,
     grad: torch.Tensor,
     buffers: Sequence[torch.Tensor],
     scalars: torch.Tensor,
+    decay: DecayForm,
 ) -> torch.Tensor:
     parts = [
-        _local_sums(of, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars)
+        _local_sums(sums, param[i:j], grad[i:j], [b[i:j] for b in buffers], scalars, decay)
         for i, j in chunks(param)
     ]
     return torch.stack(parts).sum(dim=0)
@@ -349,7 +358,7 @@ def _update_in_place(
     rounding: Optional[Rounding],
 ) -> None:
     if sums is not None:
-        local = _local_sums(sums.of, param, grad, buffers, scalars)
+        local = _local_sums(sums, param, grad, buffers, scalars, decay)
         scalars = _and_from_sums(sums, local, param.numel(), scalars)
     work = scalars.dtype
     old, grad = param.to(work), grad.to(work)
@@ -370,7 +379,7 @@ def _update_in_chunks(
 ) -> None:
     for param, grad, buffers, scalars, rounding in calls:
         if sums is not None:
-            local = _sums_in_chunks(sums.of, param, grad, buffers, scalars)
+            local = _sums_in_chunks(sums, param, grad, buffers, scalars, decay)
             scalars = _and_from_sums(sums, local, param.numel(), scalars)
         for i, j in chunks(param):
             _update_in_place(
@@ -474,8 +483,8 @@ def forget_compiled() -> None:
 
 
 @lru_cache(maxsize=None)
-def _compiled_sums(of: SumsOf) -> Callable[..., Any]:
-    return compile_rule(_local_sums, f"{of.__name__}_sums")
+def _compiled_sums(sums: WholeSums) -> Callable[..., Any]:
+    return compile_rule(_local_sums, f"{sums.of.__name__}_sums")
 
 
 def compile_rule(function: Callable[..., Any], name: str) -> Callable[..., Any]:

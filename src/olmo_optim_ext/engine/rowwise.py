@@ -44,11 +44,17 @@ class RowLayout:
     shared_by: Tuple[int, ...] = ()
     """For each matrix of how many rows; 1 if it is not said. It divides them."""
 
+    is_vector: bool = False
+    """Whether it is no matrix, but a vector, of one row."""
+
     @cached_property
     def matrices(self) -> List["RowMatrix"]:
         blocks = self.layout.blocks()
         sizes = self.shared_by or (1,) * len(blocks)
-        return [RowMatrix(*_shape(block, self.layout), n) for block, n in zip(blocks, sizes)]
+        return [
+            RowMatrix(*_shape(block, self.layout), n, self.is_vector)
+            for block, n in zip(blocks, sizes)
+        ]
 
 
 class RowMatrix(NamedTuple):
@@ -58,6 +64,7 @@ class RowMatrix(NamedTuple):
     n_cols: int
     shared_by: int
     """How many rows share a number."""
+    is_vector: bool
 
 
 class RowSums(NamedTuple):
@@ -417,8 +424,9 @@ def _all_places(rounding: Rounding, shape: Tuple[int, int]) -> torch.Tensor:
 
 def _plan(param: torch.Tensor, layout: Optional[RowLayout], columns: bool) -> _Plan:
     if layout is None:
-        shape = param.shape if param.ndim > 1 else (1, param.numel())
-        layout = RowLayout(MatrixLayout.whole(shape))
+        is_vector = param.ndim < 2
+        shape = (1, param.numel()) if is_vector else param.shape
+        layout = RowLayout(MatrixLayout.whole(shape), is_vector=is_vector)
     rows, cols = _ids(param, layout.layout)
     pieces = []
     for index, block in enumerate(layout.layout.blocks()):

@@ -345,7 +345,9 @@ def test_counts_are_exact_above_what_float32_can_count(monkeypatch: pytest.Monke
     ones = [torch.tensor(2.0**24), torch.tensor(1.0)]
     sums = WholeSums(lambda *args: (ones[int(args[0].item())],), lambda *args: ())
     param = torch.tensor([0.0, 1.0])
-    (total,) = elementwise._sums_in_chunks(sums.of, param, param, [], torch.zeros(1))
+    (total,) = elementwise._sums_in_chunks(
+        sums, param, param, [], torch.zeros(2), elementwise.DecayForm.decoupled
+    )
     assert total.dtype == torch.float64 and total.item() == 2.0**24 + 1
 
 
@@ -460,7 +462,7 @@ def test_rules_do_not_share_dynamos_limit_of_recompilations():
         elementwise._compiled(x.rule, x.rule.sums).function for x in (Follow, Share, AdamW, NAdamW)
     ]
     compiled += [elementwise._compiled(Share.rule, None).function]
-    compiled += [elementwise._compiled_sums(share_sums)]
+    compiled += [elementwise._compiled_sums(WholeSums(share_sums, share_more))]
     codes = [x._torchdynamo_orig_callable.__code__ for x in compiled]
     assert len(set(map(id, codes))) == 6
 

@@ -3,7 +3,7 @@ What the contract tests share: a model, gradients, and the form of a row of the 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -121,7 +121,7 @@ class Case:
     config: ExtOptimConfig
     """With which the contracts run."""
 
-    oracles: List[Tuple[ExtOptimConfig, Oracle, float]]
+    oracles: Sequence[Tuple[ExtOptimConfig, Oracle, float]]
     """Pairs of a config and what it must agree with, and the relative error allowed."""
 
     bad_fields: List[Dict[str, Any]]

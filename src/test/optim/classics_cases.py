@@ -140,7 +140,7 @@ def _torch(optimizer: Any, **fields: Any) -> Oracle:
 def _factors_or_variance(name: str, shape: Tuple[int, ...]) -> float:
     """Of a vector the second moment, of a matrix its means along rows and columns."""
     del name
-    return 4 * (math.prod(shape) if min(shape) == 1 or len(shape) == 1 else sum(shape))
+    return 4 * sum(shape)
 
 
 _DECOUPLED: Dict[str, Any] = {"decoupled_weight_decay": True}

@@ -348,7 +348,7 @@ CASES: Dict[str, Case] = {
         ]
         + [
             (
-                MarsConfig(**_MARS_LION, **{"form": "lion"}),
+                MarsConfig(**{**_MARS_LION, "form": "lion"}),
                 _package("MARS", **_MARS_LION, mars_type="lion"),
                 2e-6,
             )
@@ -367,11 +367,12 @@ CASES: Dict[str, Case] = {
         ],
         bitwise=False,
         fast_lr=0.05,
-        state_bytes={"": 12},
+        state_bytes={"mars": 12, "adamw": 8},
         without_decay={"weight_decay": 0.0, "weight_decay_1d": 0.0},
     ),
     "prodigy": Case(
-        config=ProdigyConfig(**_PRODIGY),
+        # The estimate grows in steps 9 to 18: on both sides of a resume.
+        config=ProdigyConfig(**_PRODIGY, beta3=0.8),
         oracles=[
             (ProdigyConfig(**fields), prodigy(**fields), 2e-6)
             for fields in [{**_PRODIGY, **form} for form in _PRODIGY_FORMS]
@@ -389,7 +390,7 @@ CASES: Dict[str, Case] = {
             {"growth_rate": 0.5},
         ],
         bitwise=False,
-        fast_lr=1.0,
+        fast_lr=0.1,
         state_bytes={"": 16},
         whole_model=True,
         other_values={"lr": 1.0, "weight_decay": 0.3},

@@ -22,6 +22,9 @@ class Memory:
     def __getattr__(self, key: str) -> Any:
         return 0.0
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        self.__dict__[key] = value
+
 
 def written_out(rule: Callable[..., torch.Tensor], lr: float, **fields: Any) -> Oracle:
     """
