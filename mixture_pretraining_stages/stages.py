@@ -168,7 +168,9 @@ class Run:
                 assert saved is not None
                 checkpoints.check_fits(saved.path, train_module)
                 load_model_and_optim_state(
-                    f"{saved.path}/model_and_optim", train_module.model, train_module.optim
+                    f"{saved.path}/model_and_optim",
+                    *(train_module.model, train_module.optim),
+                    flatten_optimizer_state=True,  # as the trainer saves it
                 )
                 self._save_average(train_module)
             else:

@@ -34,11 +34,14 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer.config import TransformerDataParallelConfig
 from olmo_core.utils import seed_all
 
-from olmo_optim_ext import get_config_class, list_optimizers
-from olmo_optim_ext.training import BadBatchCallback
+from olmo_optim_ext import SAM, get_config_class, list_optimizers
+from olmo_optim_ext.training import BadBatchCallback, SAMCallback
 
 VOCAB_SIZE, LENGTH, INSTANCES = 32, 8, 4
 STEPS, SAVE_AT = 12, 6
+FIELDS: Dict[str, Dict[str, Any]] = {"lookahead": {"alpha": 0.95}, "ranger": {"alpha": 0.95}}
+"""Fields with which the loss falls from step to step, where the default goes back at times."""
+
 BAD_STEPS = {
     2: "one nan gradient",
     4: "nan gradients",
@@ -214,7 +217,9 @@ def build_trainer(
     module = TransformerTrainModuleConfig(
         rank_microbatch_size=LENGTH * INSTANCES // get_world_size(),
         max_sequence_length=LENGTH,
-        optim=get_config_class(name)(rolling_interval_length=8, skip_step=skip_step),
+        optim=get_config_class(name)(
+            rolling_interval_length=8, skip_step=skip_step, **FIELDS.get(name, {})
+        ),
         max_grad_norm=max_grad_norm,
         dp_config=TransformerDataParallelConfig(name=DataParallelType.fsdp)
         if distributed
@@ -230,6 +235,8 @@ def build_trainer(
             save_async=False,
         ),
     }
+    if isinstance(module.optim, SAM):
+        callbacks["sam"] = SAMCallback()
     if outlives:
         callbacks["bad_batches"] = BadBatchCallback()
     return TrainerConfig(
