@@ -21,6 +21,10 @@ from olmo_core.data.composable import (
     InstanceSource,
     MixingInstanceSource,
 )
+from olmo_core.distributed.checkpoint import (
+    load_model_and_optim_state,
+    save_model_and_optim_state,
+)
 from olmo_core.distributed.utils import (
     broadcast_object,
     get_fs_local_rank,
@@ -44,10 +48,9 @@ from rich.console import Console
 from rich.progress import Progress
 from yaml import YAMLError
 
-from olmo_optim_ext.elementwise.sophia import Sophia
-from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import BadBatchCallback, MatrixMetricsCallback, SophiaCallback
+from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
+from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
 from .callbacks import (
@@ -77,6 +80,13 @@ MAY_CHANGE = frozenset(
     }
 )
 """Keys whose values may change when a run continues: they do not say what is trained on what."""
+
+
+AVERAGE = "averaged"
+"""
+Folder with the weights to keep of ``schedule_free``, as OLMo-core's
+``load_model_and_optim_state`` reads them for a model alone.
+"""
 
 
 class Interrupted(Exception):
@@ -143,6 +153,18 @@ class Run:
                 for plan in incomplete:
                     self._run_stage(plan, train_module, tokenizer, sources)
                     self._draw()
+                self._save_average(train_module)
+            elif self._lacks_average():  # killed before it was saved
+                train_module = self._build_train_module(tokenizer)
+                saved = checkpoints.latest(self.plans[-1].folder)
+                assert saved is not None
+                checkpoints.check_fits(saved.path, train_module)
+                load_model_and_optim_state(
+                    f"{saved.path}/model_and_optim",
+                    *(train_module.model, train_module.optim),
+                    flatten_optimizer_state=True,  # as the trainer saves it
+                )
+                self._save_average(train_module)
             else:
                 self._say(f"{self.spec.name}: the run in {self.output} is complete")
                 self._draw()
@@ -150,6 +172,18 @@ class Run:
         finally:
             if lock is not None:
                 lock.release()
+
+    def _lacks_average(self) -> bool:
+        wanted = isinstance(self.spec.optimizer_config(), ScheduleFreeConfig)
+        return wanted and not (self.output / AVERAGE / ".metadata").exists()
+
+    def _save_average(self, train_module: TransformerTrainModule) -> None:
+        model, optim = train_module.model, train_module.optim
+        if not isinstance(optim, ScheduleFree):
+            return
+        with averaged(model, optim):
+            save_model_and_optim_state(self.output / AVERAGE, model, save_overwrite=True)
+        self._say(f"The averaged weights, for use without the optimizer: {self.output / AVERAGE}")
 
     # The output folder.
 
@@ -328,11 +362,8 @@ class Run:
                 last_step=plan.last_step,
             ),
             "config_saver": ConfigSaverCallback(),
+            **needed_callbacks(train_module.optim),
         }
-        if isinstance(train_module.optim, ExtOptimizer):
-            callbacks["bad_batches"] = BadBatchCallback()
-        if isinstance(train_module.optim, Sophia):
-            callbacks["sophia"] = SophiaCallback()
         if (metrics := spec.optimizer_metrics) is not None:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer

@@ -3,6 +3,7 @@ An experiment: its spec, how the spec is read from YAML, and what OLMo-core obje
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.flash_attn_api import has_flash_attn_2
 from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import ConstantScheduler, OptimConfig, Scheduler
+from olmo_core.optim.scheduler import SchedulerUnits
 from olmo_core.train.train_module import (
     TransformerActivationCheckpointingConfig,
     TransformerDataParallelConfig,
@@ -27,8 +29,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
-from olmo_optim_ext.config import MatrixOptimConfig
+from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.elementwise.sophia import SophiaConfig
+from olmo_optim_ext.training import check_never_decays
+from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
 from .sources import SourceSpec
@@ -194,14 +198,30 @@ class JolmoModel:
         self._check_batch(world_size)
         self.optimizer_config()
         self._check_optimizer_metrics()
-        self.scheduler_config()
+        self._check_scheduler()
+
+    def _check_scheduler(self) -> None:
+        scheduler, config = self.scheduler_config(), self.optimizer_config()
+        if not isinstance(config, ScheduleFreeConfig):
+            return
+        t_max = sum(math.ceil(stage.tokens / self.global_batch_size) for stage in self.stages)
+        if scheduler.units == SchedulerUnits.tokens:
+            t_max *= self.global_batch_size
+        lr = config.hyperparameters()["lr"]
+        check_never_decays(scheduler, lr, t_max, "scheduler")
+        scales = [stage.lr_scale for stage in self.stages]
+        for index, (before, scale) in enumerate(zip(scales, scales[1:]), start=1):
+            allowed = f"at least the {before} of the stage before, as schedule_free takes no decay"
+            _require(scale >= before, f"stages.{index}.lr_scale", scale, allowed)
 
     def _check_optimizer_metrics(self) -> None:
         asked = self.optimizer_metrics
         if asked is None:
             return
         _require(asked.every >= 1, "optimizer_metrics.every", asked.every, "an integer >= 1")
-        if not isinstance(self.optimizer_config(), MatrixOptimConfig):
+        config = self.optimizer_config()
+        rule = config.rule_config if isinstance(config, ExtOptimConfig) else config
+        if not isinstance(rule, MatrixOptimConfig):
             known = [n for n in list_optimizers() if optimizer_info(n).family == "matrix"]
             raise OLMoConfigurationError(
                 f"optimizer_metrics: the optimizer {self.optimizer['name']!r} has no rule for "

@@ -44,6 +44,10 @@ from .matrix.noise import AlphaAnnealing
 from .matrix.nor_muon import NorMuon, NorMuonConfig
 from .matrix.scion import Scion, ScionConfig, ScionNorm
 from .matrix.soap import Soap, SoapConfig
+from .wrappers.lookahead import Lookahead, LookaheadConfig
+from .wrappers.ranger import RangerConfig
+from .wrappers.sam import SAM, SAMConfig
+from .wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 __all__ = [
     "Adafactor",
@@ -82,6 +86,8 @@ __all__ = [
     "Lion",
     "LionConfig",
     "LRScaling",
+    "Lookahead",
+    "LookaheadConfig",
     "Mars",
     "MarsConfig",
     "MarsForm",
@@ -110,9 +116,14 @@ __all__ = [
     "ProdigyConfig",
     "RAdam",
     "RAdamConfig",
+    "RangerConfig",
     "RMSprop",
     "RMSpropConfig",
     "Role",
+    "SAM",
+    "SAMConfig",
+    "ScheduleFree",
+    "ScheduleFreeConfig",
     "Scion",
     "ScionConfig",
     "ScionNorm",

@@ -284,19 +284,19 @@ class _Spec:
 
     def matrices(self, model: nn.Module) -> List[str]:
         """The parameters that follow the rule for matrices."""
-        if not isinstance(self.config, MatrixOptimConfig):
-            return []
-        return list(self.config.layouts(model))
+        rule = self.config.rule_config
+        return list(rule.layouts(model)) if isinstance(rule, MatrixOptimConfig) else []
 
     def flops(self, model: nn.Module, optim: Optimizer) -> float:
         """Of a step, on matrices."""
-        if not isinstance(self.config, MatrixOptimConfig):
+        rule = self.config.rule_config
+        if not isinstance(rule, MatrixOptimConfig):
             return 0.0
         assert isinstance(optim, MatrixBase)
         params = dict(model.named_parameters())
         groups = {id(p): group for group in optim.param_groups for p in group["params"]}
         total = 0.0
-        for name, layout in self.config.layouts(model).items():
+        for name, layout in rule.layouts(model).items():
             for block in layout.blocks():
                 shape = (block.n_rows, block.n_cols)
                 n_out, n_in = shape[::-1] if layout.in_out else shape

@@ -11,6 +11,7 @@ from .config import ExtOptimConfig
 from .elementwise import rows as elementwise
 from .matrix import rows as matrix
 from .optimizer_info import OptimizerInfo, Preset
+from .wrappers import rows as wrappers
 
 __all__ = [
     "OptimizerInfo",
@@ -22,7 +23,7 @@ __all__ = [
     "optimizer_info",
 ]
 
-_ROWS = (*elementwise.ROWS, *matrix.ROWS)
+_ROWS = (*elementwise.ROWS, *matrix.ROWS, *wrappers.ROWS)
 _BY_NAME: Dict[str, OptimizerInfo] = {row.name: row for row in _ROWS}
 
 

@@ -80,10 +80,11 @@ def show(name: str = typer.Argument(help="A name of `olmo-optim list`.")) -> Non
     if info.needs:
         console.print(f"Needs: {', '.join(info.needs)}.")
     table = Table("field", "default", "meaning", show_lines=True)
-    docs = field_docs(info.config_class)
+    docs, defaults = field_docs(info.config_class), info.config_class()
     for field in dataclasses.fields(info.config_class):
-        if field.default is not dataclasses.MISSING and field.name != "fixed_fields":
-            table.add_row(field.name, str(field.default), docs.get(field.name, ""))
+        if field.name != "fixed_fields":
+            default = getattr(defaults, field.name)
+            table.add_row(field.name, str(default), docs.get(field.name, ""))
     console.print(table)
     _print_presets(info)
 

@@ -27,7 +27,7 @@ from olmo_core.optim import INITIAL_LR_FIELD, LR_FIELD, OptimConfig
 from olmo_core.utils import move_to_device
 
 from .engine.base import ALGORITHM, ExtOptimizer
-from .engine.hyperparameters import check_hyperparameters, to_choice, to_flag
+from .engine.hyperparameters import Allowed, check_hyperparameters, to_choice, to_flag
 from .engine.layout import MatrixLayout
 from .engine.matrix_base import MatrixBase
 from .engine.placement import data_parallel_group
@@ -124,7 +124,16 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                     to_flag(value, field.name, owner)
                 elif issubclass(kind, Enum):
                     setattr(self, field.name, to_choice(kind, value, field.name, owner))
-        check_hyperparameters(self.hyperparameters(), owner, self.optimizer().allowed)
+        check_hyperparameters(self.hyperparameters(), owner, self.allowed())
+
+    @property
+    def rule_config(self) -> "ExtOptimConfig":
+        """The config of the rule: this one, or of a wrapper that of the optimizer inside."""
+        return self
+
+    def allowed(self) -> Mapping[str, Allowed]:
+        """For fields that mean something else here than elsewhere, what is allowed."""
+        return self.optimizer().allowed
 
     def hyperparameters(self) -> Dict[str, Any]:
         """The keywords of the optimizer."""

@@ -34,7 +34,7 @@ class OptimizerInfo:
     config_class: Type[ExtOptimConfig]
 
     family: str
-    """``elementwise`` or ``matrix``."""
+    """``elementwise``, ``matrix`` or ``wrapper``."""
 
     summary: str
 
@@ -44,7 +44,7 @@ class OptimizerInfo:
     state_bytes_per_param: float
     """
     Bytes of state per parameter that follows the optimizer's own rule, float32 state. What a
-    matrix rule leaves to AdamW has 8.
+    matrix rule leaves to AdamW has 8. Of a wrapper, with its default inside.
     """
 
     exchange: str
@@ -54,7 +54,10 @@ class OptimizerInfo:
     """State of a matrix beside these, in words; empty if there is none."""
 
     needs: Tuple[str, ...] = ()
-    """What must drive it beside gradients."""
+    """
+    What must drive it beside gradients: ``second_pass``, the gradient of the batch at weights that
+    it has moved; ``eval_swap``, other weights for evaluation.
+    """
 
     presets: Tuple[Preset, ...] = ()
 

@@ -46,6 +46,8 @@ def role_table(
 
     :param config: The config that built ``optim`` for ``model``.
     """
+    if isinstance(config, ExtOptimConfig):
+        config = config.rule_config
     roles = config.roles(model) if isinstance(config, ExtOptimConfig) else classify(model)
     placements = optim.placements() if isinstance(optim, MatrixBase) else {}
     layouts = config.layouts(model) if isinstance(config, MatrixOptimConfig) else {}

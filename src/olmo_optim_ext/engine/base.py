@@ -252,6 +252,9 @@ class ExtOptimizer(SkipStepOptimizer):
         """Update parameters and state in place. Called once a step, on all ranks alike."""
         raise NotImplementedError
 
+    def prepare_step(self) -> None:
+        """Called first by :meth:`step`, on all ranks alike, after a closure."""
+
     def check_group(self, group: Mapping[str, Any]) -> None:
         """
         Check what :mod:`~olmo_optim_ext.engine.hyperparameters` does not know.
@@ -348,6 +351,7 @@ class ExtOptimizer(SkipStepOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.prepare_step()
         members_of = []
         for group in self.param_groups:
             group[CALLS] += 1

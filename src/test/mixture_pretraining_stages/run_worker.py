@@ -26,8 +26,9 @@ from rich.console import Console
 from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.callbacks import StageCheckpointer
 from mixture_pretraining_stages.training import load_spec
+from olmo_optim_ext import ScheduleFree
 
-CLASSES = {cls.__name__: cls for cls in (Checkpointer, StageCheckpointer, Trainer)}
+CLASSES = {cls.__name__: cls for cls in (Checkpointer, ScheduleFree, StageCheckpointer, Trainer)}
 
 
 def die_after(moment: str) -> None:

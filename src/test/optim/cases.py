@@ -1,5 +1,5 @@
 """
-The contract table: one row per catalogue name.
+The contract table: a row for each catalogue name, and further ones for optimizers inside others.
 """
 
 from typing import Dict
@@ -15,6 +15,7 @@ from . import (
     noise_cases,
     scion_cases,
     soap_cases,
+    wrapper_cases,
 )
 from .case import Case
 
@@ -29,4 +30,5 @@ CASES: Dict[str, Case] = {
     **scion_cases.CASES,
     **soap_cases.CASES,
     **kron_cases.CASES,
+    **wrapper_cases.CASES,
 }

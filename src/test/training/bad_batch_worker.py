@@ -34,11 +34,20 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer.config import TransformerDataParallelConfig
 from olmo_core.utils import seed_all
 
-from olmo_optim_ext import get_config_class, list_optimizers, optimizer_info
-from olmo_optim_ext.training import BadBatchCallback, SophiaCallback
+from olmo_optim_ext import get_config_class, list_optimizers
+from olmo_optim_ext.training import needed_callbacks
 
 VOCAB_SIZE, LENGTH, INSTANCES = 32, 8, 4
 STEPS, SAVE_AT = 12, 6
+FIELDS: Dict[str, Dict[str, Any]] = {
+    # So that the loss falls from step to step, where the default goes back at times.
+    "lookahead": {"alpha": 0.95},
+    "ranger": {"alpha": 0.95},
+    # So that bad batches come with an estimate of the Hessian.
+    "sophia": {"hessian_update_interval": 1},
+}
+"""Fields of some configs."""
+
 BAD_STEPS = {
     2: "one nan gradient",
     4: "nan gradients",
@@ -50,12 +59,6 @@ BAD_STEPS = {
 The save comes right after a bad batch, and another one, which only the history tells from a good
 one, right after the save.
 """
-
-OPTIONS: Dict[str, Dict[str, Any]] = {
-    # So that bad batches come with an estimate of the Hessian.
-    "sophia": {"hessian_update_interval": 1},
-}
-"""Fields of some configs."""
 
 
 @dataclass
@@ -221,13 +224,14 @@ def build_trainer(
         rank_microbatch_size=LENGTH * INSTANCES // get_world_size(),
         max_sequence_length=LENGTH,
         optim=get_config_class(name)(
-            rolling_interval_length=8, skip_step=skip_step, **OPTIONS.get(name, {})
+            rolling_interval_length=8, skip_step=skip_step, **FIELDS.get(name, {})
         ),
         max_grad_norm=max_grad_norm,
         dp_config=TransformerDataParallelConfig(name=DataParallelType.fsdp)
         if distributed
         else None,
     ).build(model, torch.device("cpu"))
+    assert isinstance(module, TransformerTrainModule)
     callbacks: Dict[str, Callback] = {
         "witness": witness,
         "checkpointer": CheckpointerCallback(
@@ -238,16 +242,15 @@ def build_trainer(
             save_async=False,
         ),
     }
-    if "hessian" in optimizer_info(name).needs:
-        callbacks["sophia"] = SophiaCallback()
-    if outlives:
-        callbacks["bad_batches"] = BadBatchCallback()
+    needed = needed_callbacks(module.optim)
+    if not outlives:
+        del needed["bad_batches"]
     return TrainerConfig(
         save_folder=str(folder),
         device="cpu",
         max_duration=Duration.steps(STEPS),
         load_strategy=LoadStrategy.never,
-        callbacks=callbacks,
+        callbacks={**callbacks, **needed},
         # Else ranks may learn of an error at different steps, and one waits for the other.
         async_bookkeeping=False,
     ).build(module, OneBatch(folder))

@@ -1,0 +1,61 @@
+"""
+The second pass of sharpness-aware minimisation, in OLMo-core's training loop.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Dict, Optional
+
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.train.callbacks import Callback
+
+from ..wrappers.sam import SAM
+from .passes import backward_again, transformer_of
+
+__all__ = ["SAMCallback"]
+
+
+@dataclass
+class SAMCallback(Callback):
+    """
+    Gives ``sam`` its second pass over the batch::
+
+        trainer_config.add_callback("sam", SAMCallback())
+
+    It comes between the pass of the train module and the step, with the same micro-batches, before
+    gradients are clipped. Metrics, and the loss that the gate sees, are those of the first pass.
+
+    :raises OLMoConfigurationError: When it is attached, unless the optimizer is ``sam`` and the
+        train module one that can make further passes.
+    """
+
+    # Before those that look at the gradients of the step.
+    priority: ClassVar[int] = 100
+
+    _batch: Optional[Dict[str, Any]] = None
+
+    def post_attach(self):
+        transformer_of(self.trainer.train_module, type(self).__name__)
+        self._optimizer()
+
+    def pre_step(self, batch: Dict[str, Any]):
+        # The train module takes entries out of its own.
+        self._batch = dict(batch) if self._optimizer().wants_second_pass() else None
+
+    def pre_optim_step(self):
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        optim = self._optimizer()
+        module = transformer_of(self.trainer.train_module, type(self).__name__)
+        optim.perturb()
+        module.zero_grads()
+        backward_again(module, batch)
+        optim.unperturb()
+
+    def _optimizer(self) -> SAM:
+        optim = getattr(self.trainer.train_module, "optim", None)
+        if not isinstance(optim, SAM):
+            raise OLMoConfigurationError(
+                f"{type(self).__name__}: the optimizer is a {type(optim).__name__}, allowed is sam"
+            )
+        return optim

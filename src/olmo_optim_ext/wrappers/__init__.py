@@ -1,0 +1,3 @@
+"""
+Optimizers around an optimizer.
+"""
