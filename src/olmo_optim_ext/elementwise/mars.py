@@ -28,7 +28,7 @@ from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
-from ..engine.base import ALGORITHM, STEP, EngineOptions, Member
+from ..engine.base import ALGORITHM, STEP, EngineOptions, GroupWork, Member
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, WholeSums
 from ..engine.gate import all_finite
 from ..engine.hyperparameters import check_hyperparameters, to_choice, to_flag
@@ -142,7 +142,7 @@ def mars_adamw_exact(
 ) -> Tuple[torch.Tensor, ...]:
     """As :func:`mars_adamw`, with the gradient of this batch at the last parameters."""
     *out, _ = mars_adamw(param, grad, exp_avg, exp_avg_sq, last_grad, scalars)
-    return *out, param, last_grad
+    return *out, param
 
 
 def mars_lion_exact(
@@ -155,7 +155,7 @@ def mars_lion_exact(
 ) -> Tuple[torch.Tensor, ...]:
     """As :func:`mars_lion`, with the gradient of this batch at the last parameters."""
     *out, _ = mars_lion(param, grad, exp_avg, last_grad, scalars)
-    return *out, param, last_grad
+    return *out, param
 
 
 def adamw_exact(
@@ -226,7 +226,8 @@ class Mars(ElementwiseOptimizer):
         owner = type(self).__name__
         self.exact = to_flag(exact, "exact", owner)
         self._finite: Optional[torch.Tensor] = None
-        """With ``exact``, whether the gradients at the last weights are."""
+        """With ``exact``, whether the gradients at the last weights are, and they by parameter."""
+        self._last_grads: Dict[torch.Tensor, torch.Tensor] = {}
         own = dict(lr_1d_factor=lr_1d_factor, betas_1d=betas_1d, weight_decay_1d=weight_decay_1d)
         check_hyperparameters({"lr": lr, **own}, owner)
         self.rule = _RULES[to_choice(MarsForm, form, "form", owner), self.exact]
@@ -277,11 +278,8 @@ class Mars(ElementwiseOptimizer):
         the next step is skipped, on all ranks alike.
         """
         members = [m for group in self.param_groups for m in self._members(group)]
-        members = [m for m in members if LAST_GRAD in m.state]
+        self._last_grads = {member.param: member.grad.clone() for member in members}
         self._finite = all_finite([m.param for m in members], [m.grad for m in members])
-        for member in members:
-            last = member.local(LAST_GRAD)
-            last.copy_(torch.where(self._finite, member.grad.to(last.dtype), last))
 
     @torch.no_grad()
     def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:
@@ -303,8 +301,23 @@ class Mars(ElementwiseOptimizer):
                 "olmo_optim_ext.training"
             )
         loss = super().step(closure)
-        self._finite = None
+        self._finite, self._last_grads = None, {}
         return loss
+
+    def update(self, work: Sequence[GroupWork]) -> None:
+        if not self.exact:
+            return super().update(work)
+        # To the rules it is like state, but there is none between steps.
+        members = [m for each in work for m in each.members if each.group[ALGORITHM] == MARS]
+        for member in members:
+            member.state[LAST_GRAD] = self._last_grads.get(member.param, member.grad)
+        super().update(work)
+        for member in members:
+            del member.state[LAST_GRAD]
+
+    def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
+        buffers = super().buffers(group)
+        return [name for name in buffers if name != LAST_GRAD] if self.exact else buffers
 
     def _open_gate(self, members: Sequence[Member]) -> Optional[torch.Tensor]:
         proceed = super()._open_gate(members)
@@ -360,8 +373,8 @@ class MarsConfig(ExtOptimConfig[Mars]):
     exact: bool = False
     """
     Compare with the gradient of the same batch at the last weights, as in the paper, and not with
-    that of the last batch. It takes another forward and backward pass a step, 4 bytes a parameter,
-    and the callback ``LastWeightsCallback``, which experiments add themselves.
+    that of the last batch. It takes another forward and backward pass a step, and the callback
+    ``LastWeightsCallback``, which experiments add themselves.
     """
 
     CONFIG_ONLY: ClassVar[FrozenSet[str]] = ExtOptimConfig.CONFIG_ONLY | {"optimize_1d"}

@@ -369,8 +369,9 @@ def _update_in_place(
         grad = grad + old * scalars[1]
     args = (grad, *(buffer.to(work) for buffer in buffers), scalars[LEADING:])
     step, *new_buffers = update(old, *args)
-    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
+    # State first: a rule may keep the parameter, of which the old one is not always a copy.
     write_state(buffers, new_buffers, proceed, rounding)
+    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
 
 
 def _update_in_chunks(

@@ -398,8 +398,8 @@ def _update_piece(
     if decay == DecayForm.l2:
         grad = grad + old * scalars[1]
     step, *new = rule(old, grad, *(b.to(work) for b in buffers), row, col, scalars[LEADING:])
-    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
     write_state(buffers, new, proceed, rounding)
+    write_weights(param, old, step, scalars[0], proceed, decay == DecayForm.cautious)
 
 
 def _numbers_of(

@@ -292,6 +292,15 @@ CASES: Dict[str, Case] = {
         fast_lr=0.05,
         state_bytes={"": 4},
     ),
+    "rmsprop_centered": Case(
+        config=RMSpropConfig(**_BOTH),
+        oracles=[],
+        bad_fields=[],
+        bitwise=True,
+        fast_lr=0.02,
+        bound=lambda lr, largest_grad: 5 * 10 * lr,  # momentum adds up what is up to 3 lr each
+        state_bytes={"": 12},
+    ),
     "ext_adam": Case(
         config=AdamConfig(**_ADAM),
         oracles=[

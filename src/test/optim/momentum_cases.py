@@ -15,7 +15,7 @@ from olmo_optim_ext import (
     ProdigyConfig,
 )
 
-from .case import BAD_ENGINE, Case, MixedShapes, Oracle, grads_at, torch_oracle
+from .case import BAD_ENGINE, CURVATURE, Case, MixedShapes, Oracle, grads_at, torch_oracle
 from .references import Memory, written_out
 
 
@@ -115,12 +115,16 @@ def mars(
     lr_1d_factor: float = 1.0,
     betas_1d: Any = (0.9, 0.95),
     weight_decay_1d: float = 0.1,
+    exact: bool = False,
 ) -> torch.Tensor:
     beta1, beta2 = betas
     c = g
     if p.ndim >= 2 or optimize_1d:
         last = g if memory.t == 1 and first_step == "current" else memory.last
         memory.last = g
+        if exact:
+            last = g + CURVATURE * (memory.last_p - p) if memory.t > 1 else g
+            memory.last_p = p
         c = g + gamma * beta1 / (1 - beta1) * (g - last)
         c = c / max(1.0, float(c.norm()))
     else:
@@ -368,6 +372,19 @@ CASES: Dict[str, Case] = {
         bitwise=False,
         fast_lr=0.05,
         state_bytes={"mars": 12, "adamw": 8},
+        without_decay={"weight_decay": 0.0, "weight_decay_1d": 0.0},
+    ),
+    "mars_exact": Case(
+        config=MarsConfig(**_MARS, exact=True),
+        oracles=[
+            (MarsConfig(**fields), written_out(mars, **fields), 2e-6)
+            for form in ({}, {"optimize_1d": True, "form": "lion"})
+            for fields in [{**_MARS, **form, "exact": True}]
+        ],
+        bad_fields=[],
+        bitwise=False,
+        fast_lr=0.05,
+        state_bytes={"mars": 12, "adamw": 12},
         without_decay={"weight_decay": 0.0, "weight_decay_1d": 0.0},
     ),
     "prodigy": Case(

@@ -53,12 +53,16 @@ with factors, and thin factors.
 
 def runs_everywhere(name: str) -> bool:
     """Whether a name runs on all meshes: rules for matrices, and one of each loop."""
-    return optimizer_info(name).family == "matrix" or name in ONE_OF_A_LOOP
+    return name in ONE_OF_A_LOOP or _family(name) == "matrix"
 
 
 def depends_on_layout(name: str) -> bool:
     """Whether a stack of matrices is to a rule anything else than so many coordinates."""
-    return name in (*ONE_OF_A_LOOP, "mars") or optimizer_info(name).family != "elementwise"
+    return name in (*ONE_OF_A_LOOP, "mars") or _family(name) != "elementwise"
+
+
+def _family(name: str) -> str:
+    return optimizer_info(str(type(CASES[name].config).registered_name)).family
 
 
 ONE_OF_EACH = ("fsdp2", "ddp2", "ep2", "hsdp2x2", "tp2xfsdp2", "ep2xfsdp2")
