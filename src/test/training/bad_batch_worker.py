@@ -235,7 +235,7 @@ def build_trainer(
             save_async=False,
         ),
     }
-    if isinstance(module.optim, SAM):
+    if isinstance(getattr(module, "optim", None), SAM):
         callbacks["sam"] = SAMCallback()
     if outlives:
         callbacks["bad_batches"] = BadBatchCallback()
