@@ -48,16 +48,8 @@ from rich.console import Console
 from rich.progress import Progress
 from yaml import YAMLError
 
-from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import (
-    AveragingCallback,
-    BadBatchCallback,
-    MatrixMetricsCallback,
-    SAMCallback,
-    averaged,
-)
-from olmo_optim_ext.wrappers.sam import SAM
+from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
@@ -370,13 +362,8 @@ class Run:
                 last_step=plan.last_step,
             ),
             "config_saver": ConfigSaverCallback(),
+            **needed_callbacks(train_module.optim),
         }
-        if isinstance(train_module.optim, ExtOptimizer):
-            callbacks["bad_batches"] = BadBatchCallback()
-        if isinstance(train_module.optim, SAM):
-            callbacks["sam"] = SAMCallback()
-        if isinstance(train_module.optim, ScheduleFree):
-            callbacks["averaging"] = AveragingCallback()
         if (metrics := spec.optimizer_metrics) is not None:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer

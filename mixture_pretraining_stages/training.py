@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
+from olmo_optim_ext.elementwise.sophia import SophiaConfig
 from olmo_optim_ext.training import check_never_decays
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
@@ -130,7 +131,10 @@ class JolmoModel:
     sources: Dict[str, SourceSpec]
     stages: List[StageSpec]
     optimizer: Dict[str, Any]
-    """``name``, and any field of that optimizer's config."""
+    """
+    ``name``, and any field of that optimizer's config. ``batch_tokens``, where it has one, is
+    ``global_batch_size`` if it is not given.
+    """
     model: Any = "olmo3_14M"
     """
     The name of a factory of OLMo-core's ``TransformerConfig``, a mapping with ``factory`` and its
@@ -309,6 +313,8 @@ class JolmoModel:
         _require(
             isinstance(name, str), "optimizer.name", name, f"one of {', '.join(list_optimizers())}"
         )
+        if issubclass(_optimizer_config_class(name), SophiaConfig):
+            values.setdefault("batch_tokens", self.global_batch_size)
         return _build_optimizer_spec(name, **values)
 
     def scheduler_config(self) -> Scheduler:

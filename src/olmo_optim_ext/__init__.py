@@ -29,6 +29,7 @@ from .elementwise.prodigy import Prodigy, ProdigyConfig
 from .elementwise.radam import RAdam, RAdamConfig
 from .elementwise.rmsprop import RMSprop, RMSpropConfig
 from .elementwise.sgd import SGD, SGDConfig
+from .elementwise.sophia import HessianEstimator, Sophia, SophiaConfig
 from .engine.roles import ParamRole, Role
 from .linalg.orthonormal import Orthonormalization
 from .linalg.polar import PolarForm, PolarMethod
@@ -74,6 +75,7 @@ __all__ = [
     "EvaConfig",
     "FirstStep",
     "GradientGate",
+    "HessianEstimator",
     "Kron",
     "KronConfig",
     "KronFit",
@@ -129,6 +131,8 @@ __all__ = [
     "SGDConfig",
     "Soap",
     "SoapConfig",
+    "Sophia",
+    "SophiaConfig",
     "TrustRegion",
     "get_config_class",
     "list_optimizers",

@@ -61,6 +61,7 @@ from .bench_report import (
 )
 from .catalog import OptimizerInfo, closest, list_optimizers, optimizer_info
 from .config import ExtOptimConfig, MatrixOptimConfig
+from .elementwise.hessian import HessianOptimizer
 from .engine.elementwise import forget_compiled
 from .engine.matrix_base import MatrixBase
 from .linalg.polar import newton_schulz_flops, polar, uses_gram_form
@@ -88,8 +89,11 @@ the STREAM benchmark asks for.
 MIN_SIDE = 512
 """Smaller matrices are not timed alone: their products do not reach the machine's rate either."""
 
-_NOT_ALONE = ("hessian", "second_pass")
+_NOT_ALONE = ("second_pass",)
 """Needs, as the catalogue calls them, without which an optimizer cannot step."""
+
+_LEFT_OUT = {"hessian": "its estimates of the Hessian"}
+"""What a trainer does for an optimizer that is not timed, by need."""
 
 
 # Arithmetic
@@ -146,6 +150,8 @@ class _Steps:
                     group["lr"] = lr
             if isinstance(optim, SkipStepOptimizer):
                 device = optim.param_groups[0]["params"][0].device
+                if isinstance(optim, HessianOptimizer) and optim.hessian_updates == 0:
+                    optim.update_hessian(tokens=1)
                 optim.latest_loss = torch.tensor(3 + 0.01 * wave, device=device)
                 optim.latest_grad_norm = torch.tensor(1 + 0.01 * wave, device=device)
 
@@ -580,6 +586,11 @@ def _specs(names: Optional[Sequence[str]]) -> Tuple[List[_Spec], List[str]]:
         missing = ", ".join(need for need in info.needs if need in _NOT_ALONE)
         if not missing:
             full = f"{info.name}{colon}{given}"
+            notes += [
+                f"{full}: a step without {_LEFT_OUT[need]}."
+                for need in info.needs
+                if need in _LEFT_OUT
+            ]
             specs[full] = _Spec(full, _config(info, given if colon else None, full))
         elif names:
             raise OLMoConfigurationError(

@@ -423,9 +423,9 @@ def test_shapes_that_are_none_are_named(shape: str):
 
 @pytest.fixture
 def needy(monkeypatch):
-    """An optimizer that needs a Hessian, beside one that does not."""
+    """An optimizer that needs a second pass, beside one that does not."""
     adamw = bench.optimizer_info("ext_adamw")
-    infos = {"needy": replace(adamw, needs=("hessian",)), "ext_adamw": adamw}
+    infos = {"needy": replace(adamw, needs=("second_pass",)), "ext_adamw": adamw}
     monkeypatch.setattr(bench, "optimizer_info", infos.__getitem__)
     monkeypatch.setattr(bench, "list_optimizers", lambda: list(infos))
 
@@ -433,11 +433,17 @@ def needy(monkeypatch):
 def test_what_cannot_step_alone_is_left_out(needy):
     result = run_bench(compile=False, **TINY)
     assert [row.name for row in result.steps if row.mode] == ["ext_adamw"]
-    assert "needy was left out: it cannot step without its hessian." in result.notes
+    assert "needy was left out: it cannot step without its second_pass." in result.notes
+
+
+def test_an_estimate_of_the_hessian_is_given_and_not_timed():
+    result = run_bench(["sophia"], compile=False, **TINY)
+    assert "sophia" in [row.name for row in result.steps]
+    assert "sophia: a step without its estimates of the Hessian." in result.notes
 
 
 def test_what_cannot_step_alone_is_refused_by_name(needy):
-    with pytest.raises(OLMoConfigurationError, match="names: 'needy' .*hessian"):
+    with pytest.raises(OLMoConfigurationError, match="names: 'needy' .*second_pass"):
         run_bench(["needy"], **TINY)
 
 

@@ -97,7 +97,7 @@ class Adafactor(RowwiseOptimizer):
     ) -> Sequence[torch.Tensor]:
         """``sum(p^2)`` and ``sum(u^2)``."""
         update = _scaled(grad, row, col, scalars[3])
-        return (param * param).sum(), (update * update).sum()
+        return (param * param).sum(dtype=torch.float64), (update * update).sum(dtype=torch.float64)
 
     def more_scalars(
         self, totals: torch.Tensor, numel: int, scalars: Sequence[torch.Tensor]

@@ -59,7 +59,9 @@ def sums_of_squares(
     """``sum(p^2)`` and ``sum(r^2)``."""
     _, _, *rest = scalars.unbind()
     direction, _, _ = _direction(param, grad, exp_avg, exp_avg_sq, rest)
-    return (param * param).sum(), (direction * direction).sum()
+    return (param * param).sum(dtype=torch.float64), (direction * direction).sum(
+        dtype=torch.float64
+    )
 
 
 def trust_ratio(

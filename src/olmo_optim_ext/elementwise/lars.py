@@ -36,7 +36,7 @@ def sums_of_squares(
     param: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, scalars: torch.Tensor
 ) -> Tuple[torch.Tensor, ...]:
     """``sum(p^2)`` and ``sum(g^2)``."""
-    return (param * param).sum(), (grad * grad).sum()
+    return (param * param).sum(dtype=torch.float64), (grad * grad).sum(dtype=torch.float64)
 
 
 def trust_ratio(

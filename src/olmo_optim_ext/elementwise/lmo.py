@@ -42,7 +42,7 @@ def sum_of_squares(
 ) -> Tuple[torch.Tensor, ...]:
     """``sum(d^2)``, with ``d`` already updated."""
     _, new, old = scalars.unbind()
-    return (averaged(grad, momentum, new, old).square().sum(),)
+    return (averaged(grad, momentum, new, old).square().sum(dtype=torch.float64),)
 
 
 def reciprocal_rms(

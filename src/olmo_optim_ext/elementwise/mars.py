@@ -88,7 +88,7 @@ def sum_of_squares(
     """``sum(c^2)``; the last gradient is the last buffer."""
     *_, last_grad, scalars = rest
     c = corrected(grad, last_grad, scalars[0])
-    return ((c * c).sum(),)
+    return ((c * c).sum(dtype=torch.float64),)
 
 
 def clip_factor(

@@ -77,7 +77,7 @@ def progress(
     first, of_grad, beta3, *_ = scalars.unbind()
     moved = torch.where(first > 0, 0.0, first_param - param)
     grad_sum = grad_sum * beta3 + grad * of_grad
-    return (grad * moved).sum(), grad_sum.abs().sum()
+    return (grad * moved).sum(dtype=torch.float64), grad_sum.abs().sum(dtype=torch.float64)
 
 
 def prodigy(

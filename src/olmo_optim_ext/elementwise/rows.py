@@ -24,6 +24,7 @@ from .prodigy import ProdigyConfig
 from .radam import RAdamConfig
 from .rmsprop import RMSpropConfig
 from .sgd import SGDConfig
+from .sophia import SophiaConfig
 
 __all__ = ["ROWS"]
 
@@ -81,6 +82,31 @@ ROWS: Tuple[OptimizerInfo, ...] = (
                 SETTING.format("1x"),
                 {"lr": 0.008, "betas": (0.95, 0.98), "eps": 1e-15, "weight_decay": 0.1},
                 SWEEP + ", which has no floor of the mask's mean",
+            ),
+        ),
+    ),
+    OptimizerInfo(
+        name="sophia",
+        config_class=SophiaConfig,
+        family="elementwise",
+        summary="Momentum over an estimate of the Hessian's diagonal, clipped in each coordinate",
+        paper="arXiv:2305.14342",
+        state_bytes_per_param=8,
+        exchange="nothing; with an estimate of the Hessian also what its passes send",
+        needs=("hessian",),
+        presets=(
+            Preset(
+                SETTING.format("1x"),
+                {
+                    "lr": 0.004,
+                    "betas": (0.95, 0.9),
+                    "rho": 0.0125,
+                    "eps": 1e-7,
+                    "weight_decay": 0.0,
+                    "estimator": "hutchinson",
+                },
+                SWEEP + ", which corrects the momentum's bias and draws probes from the normal "
+                "distribution; 4000 steps of warm-up, without which it diverged",
             ),
         ),
     ),

@@ -92,7 +92,9 @@ class WholeSums:
     """
     ``(param, grad, *buffers, scalars) -> 0-d tensors``: sums over the elements given, with the
     arguments of :data:`ElementwiseRule.update` but for the last scalars. They are added over the
-    whole parameter, on all ranks, in float64: counts are exact.
+    whole parameter, on all ranks, in float64: counts are exact. Others should be added in float64
+    from the first element on: then what follows from them is rarely another float32 on another
+    mesh, which stochastic rounding would make another bfloat16.
     """
 
     scalars: Callable[..., Sequence[torch.Tensor]]
@@ -124,9 +126,10 @@ class ElementwiseRule:
     update: Update
     """
     ``(param, grad, *buffers, scalars) -> (what is subtracted, *buffers)``: flat tensors of one
-    length, and scalars of shape ``(k,)``. Pure, and made of single additions, products, quotients
-    and roots: fused kernels such as ``lerp`` may round their vector body and their tail
-    differently, which would make the result depend on where a shard ends.
+    length, and scalars of shape ``(k,)``; of the buffers the last may be left out, if they stay.
+    Pure, and made of single additions, products, quotients and roots: fused kernels such as
+    ``lerp`` may round their vector body and their tail differently, which would make the result
+    depend on where a shard ends.
     """
 
     sums: Optional[WholeSums] = None

@@ -16,6 +16,7 @@ from .gate import CAPACITY
 
 __all__ = [
     "NON_NEGATIVE",
+    "POSITIVE",
     "THREE_BETAS",
     "Allowed",
     "check_hyperparameters",
@@ -84,11 +85,10 @@ def _seed(value: Any) -> bool:
 
 NON_NEGATIVE: Allowed = (_non_negative, "a finite number >= 0")
 THREE_BETAS: Allowed = (lambda value: _fractions(value, 3), "three numbers in [0, 1)")
-
+POSITIVE: Allowed = (_positive, "a finite number > 0")
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _DTYPE = (_float32_or_bfloat16, "float32 or bfloat16")
 _BETAS = (lambda value: _fractions(value, 2), "two numbers in [0, 1)")
-_POSITIVE = (_positive, "a finite number > 0")
 _FRACTION = (_fraction, "a number in [0, 1)")
 _POSITIVE_INT = (_positive_int, "an integer >= 1")
 
@@ -107,19 +107,19 @@ _ALLOWED: Dict[str, Allowed] = {
     "beta2": _FRACTION,
     "rank_fraction": (_share, "a number in (0, 1]"),
     "rank_multiple_of": _POSITIVE_INT,
-    "basis_eps": _POSITIVE,
-    "row_eps": _POSITIVE,
+    "basis_eps": POSITIVE,
+    "row_eps": POSITIVE,
     "polar_steps": _POSITIVE_INT,
     "polar_dtype": _DTYPE,
     "rolling_interval_length": (_window, f"an integer from 2 to {CAPACITY}"),
-    "sigma_factor": _POSITIVE,
+    "sigma_factor": POSITIVE,
     "state_dtype": _DTYPE,
     "shampoo_beta": _FRACTION,
     "precondition_frequency": _POSITIVE_INT,
     "max_precond_dim": _POSITIVE_INT,
     "block_size": _POSITIVE_INT,
     "precond_lr": (_share, "a number in (0, 1]"),
-    "precond_init_scale": _POSITIVE,
+    "precond_init_scale": POSITIVE,
     "precond_update_prob_max": (_share, "a number in (0, 1]"),
     "precond_update_prob_min": (_share, "a number in (0, 1]"),
     "precond_update_prob_decay": NON_NEGATIVE,
@@ -128,41 +128,46 @@ _ALLOWED: Dict[str, Allowed] = {
     "max_size_triangular": _POSITIVE_INT,
     "min_ndim_triangular": _POSITIVE_INT,
     "seed": (_seed, "an integer from 0 to 2^63 - 1"),
-    "mask_eps": _POSITIVE,
-    "alpha": _POSITIVE,
-    "alpha_end": _POSITIVE,
+    "mask_eps": POSITIVE,
+    "alpha": POSITIVE,
+    "alpha_end": POSITIVE,
     "anneal_steps": _POSITIVE_INT,
     "start_step": (_natural, "an integer >= 0"),
     "rank_threshold": (_share, "a number in (0, 1]"),
     "rank_interval": _POSITIVE_INT,
     "ns_reorthogonalize_steps": (_natural, "an integer >= 0"),
     "scale": (_damping, "a number in [0, 1]"),
-    "radius": _POSITIVE,
+    "radius": POSITIVE,
     "fan_in": _POSITIVE_INT,
-    "spectral_scale": _POSITIVE,
-    "sign_scale": _POSITIVE,
-    "bias_rms_scale": _POSITIVE,
-    "column_scale": _POSITIVE,
-    "row_scale": _POSITIVE,
+    "spectral_scale": POSITIVE,
+    "sign_scale": POSITIVE,
+    "bias_rms_scale": POSITIVE,
+    "column_scale": POSITIVE,
+    "row_scale": POSITIVE,
     "dampening": (_damping, "a number in [0, 1]"),
     "lr_decay": NON_NEGATIVE,
     "initial_accumulator_value": NON_NEGATIVE,
     "clip_exp": NON_NEGATIVE,
     "alpha_warmup": _POSITIVE_INT,
     "beta3_warmup": _POSITIVE_INT,
-    "trust_coefficient": _POSITIVE,
+    "trust_coefficient": POSITIVE,
     "adaptation_strength": NON_NEGATIVE,
     "gamma": NON_NEGATIVE,
-    "lr_1d_factor": _POSITIVE,
+    "lr_1d_factor": POSITIVE,
     "betas_1d": _BETAS,
     "weight_decay_1d": NON_NEGATIVE,
     "beta3": _FRACTION,
-    "d0": _POSITIVE,
-    "d_coef": _POSITIVE,
+    "d0": POSITIVE,
+    "d_coef": POSITIVE,
     "growth_rate": (lambda value: _number(value) and value >= 1, "a finite number >= 1"),
     "beta2_decay": (lambda value: _number(value) and value < 0, "a finite number < 0"),
     "param_rms_eps": NON_NEGATIVE,
-    "clip_threshold": _POSITIVE,
+    "clip_threshold": POSITIVE,
+    "rho": POSITIVE,
+    "batch_tokens": _POSITIVE_INT,
+    "hessian_update_interval": _POSITIVE_INT,
+    "hessian_batch_fraction": (_share, "a number in (0, 1]"),
+    "hutchinson_epsilon": POSITIVE,
 }
 
 

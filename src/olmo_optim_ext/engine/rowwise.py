@@ -360,8 +360,8 @@ def _squares(
     if param is not None:
         grad = grad + param.to(scalars.dtype) * scalars[1]
     squares = grad * grad
-    cols = squares.sum(0).to(torch.float64) if columns else None
-    return squares.sum(1).to(torch.float64), cols
+    cols = squares.sum(0, dtype=torch.float64) if columns else None
+    return squares.sum(1, dtype=torch.float64), cols
 
 
 def _whole_sum(

@@ -4,17 +4,25 @@ What a run needs beside the optimizer.
 
 from .averaging import AveragingCallback, averaged, check_never_decays, export_averaged
 from .bad_batches import LOSS_NOT_FINITE_METRIC, BadBatchCallback
+from .hessian import CLIPPED_METRIC, HESSIAN_SHARE_METRIC, SophiaCallback
+from .last_weights import LastWeightsCallback
 from .matrix_metrics import MatrixMetricsCallback, matrix_metric
+from .needed import needed_callbacks
 from .sharpness import SAMCallback
 
 __all__ = [
+    "CLIPPED_METRIC",
+    "HESSIAN_SHARE_METRIC",
     "LOSS_NOT_FINITE_METRIC",
     "AveragingCallback",
     "BadBatchCallback",
+    "LastWeightsCallback",
     "MatrixMetricsCallback",
+    "SophiaCallback",
     "SAMCallback",
     "averaged",
     "check_never_decays",
     "export_averaged",
     "matrix_metric",
+    "needed_callbacks",
 ]

@@ -19,6 +19,7 @@ from mixture_pretraining_stages import checkpoints
 from mixture_pretraining_stages.callbacks import read_metrics
 from mixture_pretraining_stages.stages import plan_stages
 from mixture_pretraining_stages.training import load_spec
+from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
 from .spec import tiny_spec, write_spec
 
@@ -147,6 +148,19 @@ def test_bits_per_byte_are_the_loss_in_bits(uninterrupted):
 
 def test_training_learns(uninterrupted):
     by_step = losses(uninterrupted)
+    assert by_step[18]["train/CE loss"] < by_step[1]["train/CE loss"] - 1
+
+
+def test_sophia_gets_its_estimates_of_the_hessian(tmp_path):
+    spec = tiny_spec(tmp_path, optimizer={"name": "sophia", "lr": 0.02, "rho": 0.5})
+    assert run(spec) == [FINISHED]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    clipped = {row["step"]: row[CLIPPED_METRIC] for row in rows if CLIPPED_METRIC in row}
+    assert list(clipped) == [1, 11]
+    assert all(0 < share < 1 for share in clipped.values())
+    (share,) = [row[HESSIAN_SHARE_METRIC] for row in rows if row["step"] == 18]
+    assert 0 < share < 0.5
+    by_step = losses(tmp_path / "run")
     assert by_step[18]["train/CE loss"] < by_step[1]["train/CE loss"] - 1
 
 

@@ -97,6 +97,17 @@ def test_models_are_factories_with_arguments_or_full_configs(tmp_path):
     assert load(tmp_path, model=full).model_config(258).vocab_size == 512
 
 
+def test_the_batch_factor_of_sophia_is_the_global_batch(tmp_path):
+    def factor(*overrides: str) -> Any:
+        spec = load(tmp_path, *overrides, optimizer={"name": "sophia", "lr": 0.001})
+        config: Any = spec.optimizer_config()
+        return config.batch_tokens
+
+    assert factor() == 256
+    assert factor("global_batch_size=512") == 512
+    assert factor("optimizer.batch_tokens=1") == 1
+
+
 def test_names_become_configs_without_a_list_of_names():
     for name in olmo_optim_ext.list_optimizers():
         cls: Any = olmo_optim_ext.get_config_class(name)

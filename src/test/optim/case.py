@@ -3,13 +3,13 @@ What the contract tests share: a model, gradients, and the form of a row of the 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from olmo_core.distributed.utils import get_local_tensor
 
-from olmo_optim_ext import SAM
+from olmo_optim_ext import SAM, Mars, Sophia
 from olmo_optim_ext.config import ExtOptimConfig
 
 Grads = Dict[str, torch.Tensor]
@@ -46,27 +46,81 @@ def grads_at(step: int, model: nn.Module, scale: float = 0.1) -> Grads:
     return grads
 
 
+Loss = Callable[[], torch.Tensor]
+
 CURVATURE = 10.0
-"""The gradient of a second pass, at ``p + e``, is ``g + CURVATURE e``."""
+"""The gradient of a further pass, at ``p + e``, is ``g + CURVATURE e``."""
 
 
-def drive(optim: torch.optim.Optimizer) -> None:
+def drive(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
     """
-    What a trainer does for an optimizer between the backward pass and ``step()``, from the
-    gradients that there are.
+    What a trainer does for an optimizer between the backward pass and ``step()``.
+
+    :param loss: Evaluates the loss anew. Without it the gradients that there are serve.
     """
+    if isinstance(optim, Sophia):
+        if optim.param_groups[0]["calls"] % optim.hessian_update_interval == 0:
+            if loss is None:
+                optim.update_hessian()
+            else:
+                params = {optim.name_of(param): param for param in optim.state}
+                optim.update_hessian_from_estimates(hessian_diagonal(loss(), params))
+    if isinstance(optim, Mars) and optim.exact:
+        _look_back(optim)
     if isinstance(optim, SAM) and optim.wants_second_pass():
-        params = [p for group in optim.param_groups for p in group["params"] if p.grad is not None]
-        before = [get_local_tensor(param.detach()).clone() for param in params]
-        optim.perturb()
-        for param, at in zip(params, before):
-            param.grad = param.grad.clone()
-            moved = get_local_tensor(param.detach()) - at
-            get_local_tensor(param.grad).add_(moved, alpha=CURVATURE)
+        _look_around(optim)
 
 
-def take_step(optim: torch.optim.Optimizer) -> None:
-    drive(optim)
+def _look_back(optim: Mars) -> None:
+    """The gradients of the batch at the last weights."""
+    params = _with_gradient(optim)
+    grads = [param.grad for param in params]
+    now = [get_local_tensor(param.detach()).clone() for param in params]
+    with optim.at_last_weights():
+        for param, at in zip(params, now):
+            _add_curvature(param, at)
+    optim.keep_last_gradients()
+    for param, grad in zip(params, grads):
+        param.grad = grad
+
+
+def _look_around(optim: SAM) -> None:
+    """The gradients of the second pass."""
+    params = _with_gradient(optim)
+    before = [get_local_tensor(param.detach()).clone() for param in params]
+    optim.perturb()
+    for param, at in zip(params, before):
+        _add_curvature(param, at)
+
+
+def _with_gradient(optim: torch.optim.Optimizer) -> List[torch.Tensor]:
+    return [p for group in optim.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _add_curvature(param: torch.Tensor, at: torch.Tensor) -> None:
+    assert param.grad is not None
+    param.grad = param.grad.clone()
+    moved = get_local_tensor(param.detach()) - at
+    get_local_tensor(param.grad).add_(moved, alpha=CURVATURE)
+
+
+def hessian_diagonal(
+    loss: torch.Tensor, params: Mapping[str, torch.Tensor]
+) -> Dict[str, torch.Tensor]:
+    """The diagonal of the Hessian, one coordinate after the other."""
+    grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+    out = {}
+    for (name, param), grad in zip(params.items(), grads):
+        rows = [
+            torch.autograd.grad(each, param, retain_graph=True)[0].reshape(-1)[i]
+            for i, each in enumerate(grad.reshape(-1))
+        ]
+        out[name] = torch.stack(rows).view(param.shape)
+    return out
+
+
+def take_step(optim: torch.optim.Optimizer, loss: Optional[Loss] = None) -> None:
+    drive(optim, loss)
     optim.step()
 
 

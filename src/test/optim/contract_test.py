@@ -424,7 +424,7 @@ def test_state_bytes_are_as_declared(name):
             expected += CASES[name].own_bytes(names[param], tuple(param.shape))
             if algorithm == getattr(optim, "algorithm", None):
                 expected += CASES[name].factor_bytes(*param.shape)
-            ours = {"step", *optim._shared_keys}  # one set of them for all
+            ours = {"step", "hessian_step", *optim._shared_keys}  # one set of them for all
             n_bytes = sum(v.nbytes for k, v in optim.state[param].items() if k not in ours)
             assert n_bytes == expected
 
@@ -667,7 +667,7 @@ def solve(name: str, problem_name: str, loss_fn, shape, steps: int) -> float:
         loss = loss_fn(problem.weight)
         optim.zero_grad()
         loss.backward()
-        take_step(optim)
+        take_step(optim, lambda: loss_fn(problem.weight))
     if free:
         optim.swap_to_average()
     return float(loss_fn(problem.weight.detach())) / first

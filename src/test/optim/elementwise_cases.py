@@ -7,10 +7,17 @@ from typing import Any, Dict, List
 
 import numpy as np
 import torch
+from pytorch_optimizer import SophiaH
 
-from olmo_optim_ext import AdamWConfig, CautiousAdamWConfig, NAdamWConfig, NesterovForm
+from olmo_optim_ext import (
+    AdamWConfig,
+    CautiousAdamWConfig,
+    NAdamWConfig,
+    NesterovForm,
+    SophiaConfig,
+)
 
-from .case import BAD_ENGINE, Case, MixedShapes, grads_at, torch_oracle
+from .case import BAD_ENGINE, Case, MixedShapes, grads_at, set_lr, torch_oracle, weights
 
 
 def _optax_nadamw(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
@@ -70,6 +77,46 @@ def _cautious_adamw(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, tor
     return out
 
 
+def _sophia_g(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+    """The authors' rule in float64, written out for one step at a time."""
+    beta1, beta2, rho, bs = 0.9, 0.8, 0.3, 100
+    out = {}
+    for name, initial in start.items():
+        p = initial.double()
+        m = h = torch.zeros_like(p)
+        for step in range(steps):
+            lr = 0.01 * (1.0 - 0.01 * step)
+            g = grads_at(step, MixedShapes())[name].double()
+            if step % 3 == 0:
+                h = beta2 * h + (1 - beta2) * g * g
+            p = p - lr * 0.1 * p
+            m = beta1 * m + (1 - beta1) * g
+            ratio = (m.abs() / (rho * bs * h + 1e-15)).clamp(max=1)
+            p = p - lr * m.sign() * ratio
+        out[name] = p
+    return out
+
+
+def _sophia_h(start: Dict[str, torch.Tensor], steps: int) -> Dict[str, torch.Tensor]:
+    """The package's rule, which divides by the Hessian first and clips at ``p``, our rho."""
+    model = MixedShapes()
+    model.load_state_dict(start)
+    params = list(model.parameters())
+    optim = SophiaH(
+        params, lr=0.01 / 0.3, betas=(0.9, 0.8), p=0.3, weight_decay=0.1 * 0.3, update_period=10**9
+    )
+    for step in range(steps):
+        set_lr(optim, step)
+        grads = list(grads_at(step, model).values())
+        for param, grad in zip(params, grads):
+            param.grad = grad.clone()
+        optim.step(hessian=[100 * grad * grad for grad in grads] if step % 3 == 0 else None)
+    return weights(model)
+
+
+_SOPHIA: Dict[str, Any] = dict(
+    lr=0.01, betas=(0.9, 0.8), rho=0.3, batch_tokens=100, hessian_update_interval=3
+)
 _ADAM_LIKE: Dict[str, Any] = dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
 _BAD_ADAM_LIKE: List[Dict[str, Any]] = [
     *BAD_ENGINE,
@@ -123,6 +170,28 @@ CASES: Dict[str, Case] = {
         config=CautiousAdamWConfig(**_ADAM_LIKE),
         oracles=[(CautiousAdamWConfig(**_ADAM_LIKE), _cautious_adamw, 2e-6)],
         bad_fields=[*_BAD_ADAM_LIKE, {"mask_eps": 0.0}],
+        bitwise=True,
+        fast_lr=0.05,
+        state_bytes={"": 8},
+    ),
+    "sophia": Case(
+        config=SophiaConfig(**_SOPHIA),
+        oracles=[
+            (SophiaConfig(**_SOPHIA), _sophia_g, 2e-6),
+            (SophiaConfig(**_SOPHIA), _sophia_h, 2e-6),
+        ],
+        bad_fields=[
+            *_BAD_ADAM_LIKE,
+            {"eps": 0.0},
+            {"rho": 0.0},
+            {"batch_tokens": 0},
+            {"batch_tokens": 2.5},
+            {"hessian_update_interval": 0},
+            {"estimator": "fisher"},
+            {"hessian_batch_fraction": 0.0},
+            {"hessian_batch_fraction": 1.5},
+            {"hutchinson_epsilon": 0.0},
+        ],
         bitwise=True,
         fast_lr=0.05,
         state_bytes={"": 8},

@@ -16,6 +16,7 @@ from olmo_optim_ext import (
     SoapConfig,
     get_config_class,
     list_optimizers,
+    optimizer_info,
 )
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.matrix.orthogonal import PolarConfig
@@ -40,8 +41,25 @@ class Variant(NamedTuple):
     """Whether it runs on all meshes, or on one of each kind."""
 
 
-ONE_OF_A_LOOP = ("ext_adamw", "ext_muon", "ext_nor_muon", "ext_dion")
-"""Names for coordinates, whole matrices, these with factors, and thin factors."""
+ONE_OF_A_LOOP = (
+    *("ext_adamw", "cautious_adamw", "lamb", "adam_mini", "adafactor"),
+    *("ext_muon", "ext_nor_muon", "ext_dion"),
+)
+"""
+Names for coordinates, with sums over parameters, for rows and columns; for whole matrices, these
+with factors, and thin factors.
+"""
+
+
+def runs_everywhere(name: str) -> bool:
+    """Whether a name runs on all meshes: rules for matrices, and one of each loop."""
+    return optimizer_info(name).family == "matrix" or name in ONE_OF_A_LOOP
+
+
+def depends_on_layout(name: str) -> bool:
+    """Whether a stack of matrices is to a rule anything else than so many coordinates."""
+    return name in (*ONE_OF_A_LOOP, "mars") or optimizer_info(name).family != "elementwise"
+
 
 ONE_OF_EACH = ("fsdp2", "ddp2", "ep2", "hsdp2x2", "tp2xfsdp2", "ep2xfsdp2")
 """Meshes of each kind, with the fewest ranks that it needs."""
@@ -53,10 +71,13 @@ def _variants() -> List[Variant]:
         config, bitwise = case.config, case.bitwise
         rounded = replace(config, state_dtype=DType.bfloat16)
         out += [
-            Variant(name, MixedShapes, config, bitwise, resumes=True),
+            Variant(name, MixedShapes, config, bitwise, True, runs_everywhere(name)),
             Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise, everywhere=False),
-            Variant(f"{name}_experts", ExpertShapes, config, bitwise, False, name in ONE_OF_A_LOOP),
         ]
+        if depends_on_layout(name):
+            everywhere = name in ONE_OF_A_LOOP
+            experts = Variant(f"{name}_experts", ExpertShapes, config, bitwise, False, everywhere)
+            out.append(experts)
         if isinstance(config, MatrixOptimConfig):
             # Of 14 rows 4, 3 and 7: shards of 7 or 4 rows cut them.
             blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [4, 3, 7]})

@@ -34,13 +34,19 @@ from olmo_core.train.train_module import TransformerTrainModule, TransformerTrai
 from olmo_core.train.train_module.transformer.config import TransformerDataParallelConfig
 from olmo_core.utils import seed_all
 
-from olmo_optim_ext import SAM, get_config_class, list_optimizers
-from olmo_optim_ext.training import BadBatchCallback, SAMCallback
+from olmo_optim_ext import get_config_class, list_optimizers
+from olmo_optim_ext.training import needed_callbacks
 
 VOCAB_SIZE, LENGTH, INSTANCES = 32, 8, 4
 STEPS, SAVE_AT = 12, 6
-FIELDS: Dict[str, Dict[str, Any]] = {"lookahead": {"alpha": 0.95}, "ranger": {"alpha": 0.95}}
-"""Fields with which the loss falls from step to step, where the default goes back at times."""
+FIELDS: Dict[str, Dict[str, Any]] = {
+    # So that the loss falls from step to step, where the default goes back at times.
+    "lookahead": {"alpha": 0.95},
+    "ranger": {"alpha": 0.95},
+    # So that bad batches come with an estimate of the Hessian.
+    "sophia": {"hessian_update_interval": 1},
+}
+"""Fields of some configs."""
 
 BAD_STEPS = {
     2: "one nan gradient",
@@ -225,6 +231,7 @@ def build_trainer(
         if distributed
         else None,
     ).build(model, torch.device("cpu"))
+    assert isinstance(module, TransformerTrainModule)
     callbacks: Dict[str, Callback] = {
         "witness": witness,
         "checkpointer": CheckpointerCallback(
@@ -235,16 +242,15 @@ def build_trainer(
             save_async=False,
         ),
     }
-    if isinstance(getattr(module, "optim", None), SAM):
-        callbacks["sam"] = SAMCallback()
-    if outlives:
-        callbacks["bad_batches"] = BadBatchCallback()
+    needed = needed_callbacks(module.optim)
+    if not outlives:
+        del needed["bad_batches"]
     return TrainerConfig(
         save_folder=str(folder),
         device="cpu",
         max_duration=Duration.steps(STEPS),
         load_strategy=LoadStrategy.never,
-        callbacks=callbacks,
+        callbacks={**callbacks, **needed},
         # Else ranks may learn of an error at different steps, and one waits for the other.
         async_bookkeeping=False,
     ).build(module, OneBatch(folder))
