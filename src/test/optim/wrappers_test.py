@@ -53,6 +53,40 @@ def test_a_wrapper_that_does_nothing_is_bitwise_the_optimizer_inside(wrapper, fi
     assert not equal(end_of(wrapper(inner=inner(), **COMMON)), alone)
 
 
+# State that starts as the weights
+
+
+@pytest.mark.parametrize("config", [LookaheadConfig(k=2), RangerConfig(k=3), ScheduleFreeConfig()])
+def test_a_bad_batch_changes_nothing_whenever_it_comes(config):
+    model = MixedShapes()
+    optim = config.build(model)
+
+    def everything() -> Dict[str, torch.Tensor]:
+        states = {p: state for p, state in optim.state.items()}
+        named = {f"{n} {k}": v for n, p in model.named_parameters() for k, v in states[p].items()}
+        return {key: value.clone() for key, value in {**named, **weights(model)}.items()}
+
+    for step in range(5):
+        before = everything()
+        for param in model.parameters():
+            param.grad = torch.full_like(param, math.nan)
+        optim.step()
+        assert equal(everything(), before), step
+        train(model, optim, step, step + 1)
+
+
+@pytest.mark.parametrize(
+    "config,key", [(LookaheadConfig(), "slow"), (ScheduleFreeConfig(inner={"name": "muon"}), "z")]
+)
+def test_state_that_is_like_weights_is_never_rounded(config, key):
+    optim = config.replace(state_dtype="bfloat16").build(MixedShapes())
+    dtypes = {
+        name: {s[name].dtype for s in optim.state.values() if name in s}
+        for name in (key, "exp_avg")
+    }
+    assert dtypes == {key: {torch.float32}, "exp_avg": {torch.bfloat16}}
+
+
 # Lookahead
 
 
@@ -195,8 +229,9 @@ def test_a_step_without_its_second_pass_says_what_to_add():
     assert [group["calls"] for group in optim.param_groups] == [7]
 
 
+@pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_first_gradient_is_enough_to_skip_the_step(bad):
+def test_a_bad_first_gradient_is_enough_to_skip_the_step(bad, clipped):
     model = MixedShapes()
     optim: Any = SAMConfig(**COMMON).build(model)
     start = weights(model)
@@ -207,7 +242,9 @@ def test_a_bad_first_gradient_is_enough_to_skip_the_step(bad):
     assert all(torch.isfinite(weight).all() for weight in weights(model).values())
     for key, grad in grads_at(1, model).items():
         model.get_parameter(key).grad = grad
-    optim.latest_loss, optim.latest_grad_norm = torch.tensor(1.0), torch.tensor(2.0)
+    optim.latest_loss = torch.tensor(1.0)
+    if clipped:
+        optim.latest_grad_norm = torch.tensor(2.0)
     optim.step()
     assert optim.step_skipped == 1.0
     assert equal(weights(model), start)

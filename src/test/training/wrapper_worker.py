@@ -28,7 +28,7 @@ from olmo_core.train.train_module.transformer.config import TransformerDataParal
 from olmo_core.utils import seed_all
 from torch.distributed.tensor import DTensor
 
-from olmo_optim_ext import AdamWConfig, SAMConfig, ScheduleFree, ScheduleFreeConfig
+from olmo_optim_ext import SAM, AdamWConfig, SAMConfig, ScheduleFree, ScheduleFreeConfig
 from olmo_optim_ext.config import ExtOptimConfig
 from olmo_optim_ext.training import AveragingCallback, SAMCallback, export_averaged
 
@@ -111,6 +111,8 @@ class SeesGradients(Callback):
 
     grads: List[Dict[str, torch.Tensor]] = field(default_factory=list)
     losses: List[float] = field(default_factory=list)
+    gated: List[float] = field(default_factory=list)
+    """The losses that the gate sees."""
     restored: List[bool] = field(default_factory=list)
     before: Dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -118,9 +120,11 @@ class SeesGradients(Callback):
         self.before = params_of(self.trainer)
 
     def pre_optim_step(self):
-        model, after = module_of(self.trainer).model, params_of(self.trainer)
+        module, after = module_of(self.trainer), params_of(self.trainer)
+        assert isinstance(module.optim, SAM) and module.optim.latest_loss is not None
+        self.gated.append(float(module.optim.latest_loss))
         self.restored.append(all(torch.equal(after[k], v) for k, v in self.before.items()))
-        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        named = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None}
         self.grads.append({name: whole(grad) for name, grad in named.items()})
 
     def log_metrics(self, step: int, metrics: Dict[str, float]):
@@ -186,6 +190,7 @@ def sam(folder: Path, interval: int, adaptive: bool) -> Dict[str, Any]:
         "error": error(seen.grads, want["grads"]),
         "error of plain": error(seen.grads, plain["grads"]),
         "losses": seen.losses,
+        "gated losses": seen.gated,
         "expected losses": want["losses"],
     }
 
