@@ -153,7 +153,7 @@ class AdafactorConfig(ExtOptimConfig[Adafactor]):
     """An update whose RMS is larger is scaled down to it, > 0; torch's ``d``."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = True
     """

@@ -84,7 +84,7 @@ class AdagradConfig(ExtOptimConfig[Adagrad]):
     """Added to the root of the sum of squares, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

@@ -64,7 +64,7 @@ class AdamConfig(ExtOptimConfig[Adam]):
     """Added to the root of the bias-corrected second moment, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

@@ -111,7 +111,7 @@ class AdanConfig(ExtOptimConfig[Adan]):
     """Added to the root of the bias-corrected second moment, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`no_prox`."""
 
     no_prox: bool = False
     """

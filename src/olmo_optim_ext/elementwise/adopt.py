@@ -107,7 +107,7 @@ class AdoptConfig(ExtOptimConfig[Adopt]):
     """The least that a gradient is divided by, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

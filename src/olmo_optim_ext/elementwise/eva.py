@@ -120,7 +120,7 @@ class EvaConfig(ExtOptimConfig[Eva]):
     """Added to the root of the bias-corrected second moment, and to the variance. >= 0."""
 
     weight_decay: float = 0.01
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

@@ -237,7 +237,7 @@ class ProdigyConfig(ExtOptimConfig[Prodigy]):
     """Times ``d``, added to the root of the second moment, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = True
     """

@@ -110,7 +110,7 @@ class RAdamConfig(ExtOptimConfig[RAdam]):
     """Added to the root of the second moment before its bias correction, >= 0."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

@@ -163,7 +163,7 @@ class RMSpropConfig(ExtOptimConfig[RMSprop]):
     """Divide by the standard deviation; takes 4 bytes a parameter."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """

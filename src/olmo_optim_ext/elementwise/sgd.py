@@ -95,7 +95,7 @@ class SGDConfig(ExtOptimConfig[SGD]):
     """Look ahead; needs momentum and no dampening."""
 
     weight_decay: float = 0.0
-    """>= 0."""
+    """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""
 
     decoupled_weight_decay: bool = False
     """
