@@ -105,7 +105,7 @@ def test_bare_names_mean_the_optimizers_of_this_package():
 
 
 @pytest.mark.parametrize(
-    "name,hint", [("muno", "ext_muon"), ("nadam", "nadamw"), ("ext_adamv", "ext_adamw")]
+    "name,hint", [("muno", "ext_muon"), ("nadam", "nadamw"), ("cautios_adamw", "cautious_adamw")]
 )
 def test_unknown_names_are_answered_with_the_closest(name: str, hint: str):
     for lookup in (optimizer_info, get_config_class):
