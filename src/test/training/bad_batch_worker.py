@@ -208,7 +208,11 @@ def build_trainer(
     skip_step: bool = True,
     outlives: bool = True,
     save: bool = False,
+    **fields: Any,
 ) -> Trainer:
+    """
+    :param fields: Of the optimizer's config.
+    """
     seed_all(0)
     model = TransformerConfig.llama_like(
         d_model=16,
@@ -224,7 +228,7 @@ def build_trainer(
         rank_microbatch_size=LENGTH * INSTANCES // get_world_size(),
         max_sequence_length=LENGTH,
         optim=get_config_class(name)(
-            rolling_interval_length=8, skip_step=skip_step, **FIELDS.get(name, {})
+            **{"rolling_interval_length": 8, **FIELDS.get(name, {}), **fields}, skip_step=skip_step
         ),
         max_grad_norm=max_grad_norm,
         dp_config=TransformerDataParallelConfig(name=DataParallelType.fsdp)
@@ -262,7 +266,7 @@ def run(
     max_grad_norm: Optional[float] = 1.0,
     bad_steps: Mapping[int, str] = BAD_STEPS,
     resume_from: Optional[Path] = None,
-    **options: bool,
+    **options: Any,
 ) -> Record:
     witness = Witness(bad_steps=dict(bad_steps))
     trainer = build_trainer(folder, name, witness, max_grad_norm, **options)
