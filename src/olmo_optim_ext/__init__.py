@@ -23,7 +23,8 @@ from .elementwise.eva import Eva, EvaConfig
 from .elementwise.lamb import Lamb, LambConfig
 from .elementwise.lars import Lars, LarsConfig
 from .elementwise.lion import Lion, LionConfig
-from .elementwise.mars import FirstStep, Mars, MarsConfig, MarsForm
+from .elementwise.mars import Mars, MarsConfig
+from .elementwise.mars_rules import FirstStep, MarsForm
 from .elementwise.nadamw import NAdamW, NAdamWConfig, NesterovForm
 from .elementwise.prodigy import Prodigy, ProdigyConfig
 from .elementwise.radam import RAdam, RAdamConfig
