@@ -8,6 +8,7 @@ import os
 import sys
 import weakref
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -77,6 +78,7 @@ def expert_parallel(model: Any, grid: DeviceMesh) -> Any:
     return fully_shard(model, mesh=grid["dp"])
 
 
+@lru_cache(maxsize=None)  # each mesh makes process groups, whose threads remain
 def meshes(model: type) -> Dict[str, Sharding]:
     """All the ways to share a model that this number of ranks has."""
     size = dist.get_world_size()
