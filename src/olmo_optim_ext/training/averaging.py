@@ -13,9 +13,9 @@ from olmo_core.optim import INITIAL_LR_FIELD, Scheduler
 from olmo_core.optim.scheduler import SchedulerUnits
 from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 
 from ..wrappers.schedule_free import ScheduleFree
+from .passes import forget_whole_parameters
 
 __all__ = ["AveragingCallback", "averaged", "check_never_decays", "export_averaged"]
 
@@ -27,20 +27,12 @@ def averaged(model: nn.Module, optim: ScheduleFree) -> Iterator[None]:
 
     :raises OLMoConfigurationError: If they are the average already.
     """
-    _forget_whole_parameters(model)
+    forget_whole_parameters(model)
     with optim.averaged():
         try:
             yield
         finally:
-            _forget_whole_parameters(model)
-
-
-def _forget_whole_parameters(model: nn.Module) -> None:
-    # A forward pass without a backward one may leave them to FSDP's next one, which would use them
-    # in place of what the optimizer has changed: OLMo-core's head is such a module.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+            forget_whole_parameters(model)
 
 
 def export_averaged(model: nn.Module, optim: ScheduleFree) -> Dict[str, torch.Tensor]:

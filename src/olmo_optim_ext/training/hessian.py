@@ -23,6 +23,7 @@ from olmo_core.nn.lm_head import LMHead, LMOutputWithLoss
 from olmo_core.nn.moe.router import MoERouter
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
+from olmo_core.utils import move_to_device
 
 from ..elementwise.sophia import HessianEstimator, Sophia
 from ..engine.placement import element_index
@@ -153,9 +154,10 @@ def _backward_on_sampled_labels(
     # divides the batch.
     batch = {**batch, "labels": torch.where(labels == ignored, labels, _places(labels, module))}
     batch.pop("instance_mask", None)  # in the labels; else the mean would be over its tokens, too
+    count = move_to_device((labels != ignored).sum(), module.device)
     with _without_auxiliary_losses(module), _sampled_labels(module, stream(seed, step, "labels")):
         backward_again(module, batch)
-    inverse = (labels != ignored).sum().to(module.device, torch.float32).reciprocal()
+    inverse = count.to(torch.float32).reciprocal()
     ranks = get_world_size(module.dp_process_group)
     if ranks > 1:
         dist.all_reduce(inverse, group=module.dp_process_group)

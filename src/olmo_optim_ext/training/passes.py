@@ -7,13 +7,14 @@ where a later OLMo-core does them otherwise.
 """
 
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator
 
-from olmo_core.data.utils import split_batch
+import torch.nn as nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.train_module import TransformerTrainModule
+from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["backward_again", "gradients_apart", "transformer_of"]
+__all__ = ["backward_again", "forget_whole_parameters", "gradients_apart", "transformer_of"]
 
 
 def transformer_of(train_module: Any, owner: str) -> TransformerTrainModule:
@@ -32,9 +33,18 @@ def transformer_of(train_module: Any, owner: str) -> TransformerTrainModule:
     return train_module
 
 
-def backward_again(
-    train_module: TransformerTrainModule, batch: Dict[str, Any], instances: Optional[int] = None
-) -> None:
+def forget_whole_parameters(model: nn.Module) -> None:
+    """
+    Drop what FSDP keeps of whole parameters. A forward pass without a backward one, as in an
+    evaluation, may leave some, which the next pass would use in place of weights that have changed
+    since, and in place of the parameters: OLMo-core's head is such a module.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def backward_again(train_module: TransformerTrainModule, batch: Dict[str, Any]) -> None:
     """
     Add the gradients of the mean loss of a batch to those that there are. Collective, like the main
     pass. Nothing else remains of it: no metrics, no loss for the gate, and not of what routers
@@ -42,10 +52,8 @@ def backward_again(
 
     :param batch: As the trainer gives it to callbacks before the step: the main pass takes entries
         out of its own, so after that a shallow copy made before it. It is left as it is.
-    :param instances: Of this rank, how many of the first ones are taken, >= 1; all by default.
     """
-    if instances is not None:
-        batch = split_batch(batch, instances)[0]
+    forget_whole_parameters(train_module.model)  # weights may have moved
     with _muted(train_module):
         train_module.train_batch(dict(batch), dry_run=True)
 
@@ -56,6 +64,7 @@ def gradients_apart(train_module: TransformerTrainModule) -> Iterator[None]:
     Inside there are no gradients at first, and afterwards those that there were before, the same
     tensors.
     """
+    forget_whole_parameters(train_module.model)  # or some would not be the parameters themselves
     params = list(train_module.model.parameters())
     before = [param.grad for param in params]
     for param in params:

@@ -208,9 +208,11 @@ def build_trainer(
     skip_step: bool = True,
     outlives: bool = True,
     save: bool = False,
+    further: Optional[Callback] = None,
     **fields: Any,
 ) -> Trainer:
     """
+    :param further: A callback beside those that are needed.
     :param fields: Of the optimizer's config.
     """
     seed_all(0)
@@ -246,6 +248,8 @@ def build_trainer(
             save_async=False,
         ),
     }
+    if further is not None:
+        callbacks["further"] = further
     needed = needed_callbacks(module.optim)
     if not outlives:
         del needed["bad_batches"]

@@ -291,7 +291,7 @@ def test_what_balances_experts_is_no_part_of_the_estimate():
 def test_another_pass_adds_the_gradients_of_the_mean_loss():
     module = build_module(microbatch=1)
     with gradients_apart(module):
-        backward_again(module, {"input_ids": tokens()}, instances=3)
+        backward_again(module, {"input_ids": tokens()[:3]})
         got = {n: p.grad for n, p in module.model.named_parameters() if p.grad is not None}
     labels = hessian_module.get_labels({"input_ids": tokens()[:3]})
     loss = module.model(tokens()[:3], labels=labels, loss_reduction="mean").loss

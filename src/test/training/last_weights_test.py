@@ -2,7 +2,6 @@
 Exact MARS in OLMo-core's training loop.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Dict
 
@@ -14,13 +13,12 @@ from olmo_optim_ext import MarsConfig
 from olmo_optim_ext.training import LastWeightsCallback
 
 from ..optim.case import MixedShapes, grads_at, take_step, weights
-from ..ranks import run_on_ranks
 from .bad_batch_worker import STEPS, Witness, build_trainer, run
-from .last_weights_worker import FORMS
+from .passes_worker import MARS_FORMS
 
 
 def of_form(folder: Path, form: str, **more: Any) -> Any:
-    fields: Dict[str, Any] = {"lr": 0.03, "gamma": 0.5, **FORMS[form], **more}
+    fields: Dict[str, Any] = {"lr": 0.03, "gamma": 0.5, **MARS_FORMS[form], **more}
     return run(folder, "mars", bad_steps={}, **fields)
 
 
@@ -29,7 +27,7 @@ def params(record: Any) -> Dict[str, str]:
 
 
 def test_of_one_batch_the_gradient_at_the_last_weights_is_the_last_gradient(tmp_path: Path):
-    exact, approximate = (of_form(tmp_path / form, form) for form in FORMS)
+    exact, approximate = (of_form(tmp_path / form, form) for form in MARS_FORMS)
     assert exact.error is None and max(exact.metrics) == STEPS
     assert params(exact) == params(approximate)
     # Nothing remains of the pass but that: metrics are those of the main pass.
@@ -38,13 +36,6 @@ def test_of_one_batch_the_gradient_at_the_last_weights_is_the_last_gradient(tmp_
     ]
     assert losses[0] == losses[1]
     assert params(exact) != params(of_form(tmp_path / "other", "exact", gamma=0.0))
-
-
-def test_also_on_two_ranks(tmp_path: Path):
-    run_on_ranks(2, Path(__file__).with_name("last_weights_worker.py"), tmp_path)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert found["exact"] == found["approximate"]
 
 
 def test_a_bad_gradient_at_the_last_weights_costs_one_step():
