@@ -220,15 +220,17 @@ def resume(variant: Variant, folder: Path) -> None:
         save(to, whole_weights(model, at))
 
     if dist.get_world_size() == 2:
-        finish("fsdp2", folder / f"{name}-from1", folder / f"{name}-1tofsdp2.pt")
+        if "1tofsdp2" in variant.routes:
+            finish("fsdp2", folder / f"{name}-from1", folder / f"{name}-1tofsdp2.pt")
         model, optim, at = start("fsdp2", seed=0)
         train(model, optim, kind(0), at, 0, STEPS // 2)
         checkpoint = folder / f"{name}-from2"
         save_model_and_optim_state(checkpoint, model, optim, flatten_optimizer_state=True)
     else:
         for label in ("fsdp4", "hsdp2x2"):
-            checkpoint = folder / f"{name}-from2"
-            finish(label, checkpoint, folder / f"{name}-2to{label}.pt", save_at=LATER)
+            if f"2to{label}" in variant.routes:
+                checkpoint, end = folder / f"{name}-from2", folder / f"{name}-2to{label}.pt"
+                finish(label, checkpoint, end, LATER if "4to1" in variant.routes else STEPS)
 
 
 @contextmanager
@@ -370,9 +372,10 @@ def main(folder: Path) -> None:
                 continue
             run(variant, shard, folder / f"{variant.name}-{label}.pt")
             done.append((variant.name, label, variant.bitwise))
-        if variant.resumes:
+        if variant.routes:
             resume(variant, folder)
-            ways = ["1tofsdp2"] if dist.get_world_size() == 2 else ["2tofsdp4", "2tohsdp2x2"]
+            here = ("1",) if dist.get_world_size() == 2 else ("2",)
+            ways = [way for way in variant.routes if way.startswith(here)]
             done += [(variant.name, way, variant.bitwise) for way in ways]
     for variant in BROKEN:
         label = f"fsdp{dist.get_world_size()}"

@@ -3,7 +3,7 @@ What is run on every mesh: all names, and besides what options and other models 
 """
 
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Sequence
 
 from olmo_core.config import DType
 from olmo_core.optim import OptimGroupOverride
@@ -19,6 +19,7 @@ from olmo_optim_ext import (
     optimizer_info,
 )
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
+from olmo_optim_ext.engine.elementwise import ElementwiseOptimizer
 from olmo_optim_ext.matrix.orthogonal import PolarConfig
 from olmo_optim_ext.matrix.preconditioned import PreconditionedConfig
 
@@ -35,11 +36,14 @@ class Variant(NamedTuple):
     """From a seed to a model."""
     config: ExtOptimConfig
     bitwise: bool
-    resumes: bool = False
-    """Whether it is also saved on some ranks and continued on others."""
+    routes: Sequence[str] = ()
+    """On which numbers of ranks it is saved, and on which meshes continued."""
     everywhere: bool = True
     """Whether it runs on all meshes, or on one of each kind."""
 
+
+ROUTES = ("1tofsdp2", "2tofsdp4", "2tohsdp2x2", "4to1")
+ONE_ROUTE = ("2tofsdp4",)
 
 ONE_OF_A_LOOP = (
     *("ext_adamw", "cautious_adamw", "lamb", "adam_mini", "adafactor"),
@@ -54,6 +58,16 @@ with factors, and thin factors.
 def runs_everywhere(name: str) -> bool:
     """Whether a name runs on all meshes: rules for matrices, and one of each loop."""
     return name in ONE_OF_A_LOOP or _family(name) == "matrix"
+
+
+def routes_of(name: str) -> Sequence[str]:
+    """
+    One is enough for a rule that has nothing but tensors of coordinates, as AdamW has, and for
+    another form of what has them all.
+    """
+    update = CASES[name].config.optimizer().update
+    plain = update is ElementwiseOptimizer.update and name not in ONE_OF_A_LOOP
+    return ONE_ROUTE if plain or name == "ranger" or name not in list_optimizers() else ROUTES
 
 
 def depends_on_layout(name: str) -> bool:
@@ -75,12 +89,12 @@ def _variants() -> List[Variant]:
         config, bitwise = case.config, case.bitwise
         rounded = replace(config, state_dtype=DType.bfloat16)
         out += [
-            Variant(name, MixedShapes, config, bitwise, True, runs_everywhere(name)),
+            Variant(name, MixedShapes, config, bitwise, routes_of(name), runs_everywhere(name)),
             Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise, everywhere=False),
         ]
         if depends_on_layout(name):
             everywhere = name in ONE_OF_A_LOOP
-            experts = Variant(f"{name}_experts", ExpertShapes, config, bitwise, False, everywhere)
+            experts = Variant(f"{name}_experts", ExpertShapes, config, bitwise, (), everywhere)
             out.append(experts)
         if isinstance(config, MatrixOptimConfig):
             # Of 14 rows 4, 3 and 7: shards of 7 or 4 rows cut them.
@@ -96,14 +110,16 @@ def _variants() -> List[Variant]:
     for side in (OrthonormalSide.inputs, OrthonormalSide.outputs):
         other = replace(dion, orthonormal_side=side)
         out += [
-            Variant(f"ext_dion_{side}", MixedShapes, other, False, resumes=True),
-            Variant(f"ext_dion_{side}_experts", ExpertShapes, other, False, True, everywhere=False),
+            Variant(f"ext_dion_{side}", MixedShapes, other, False, routes=ROUTES),
+            Variant(
+                f"ext_dion_{side}_experts", ExpertShapes, other, False, ROUTES, everywhere=False
+            ),
         ]
     # One matrix of the parameter is transposed, the other not; a border of shards cuts each.
     blocks = OptimGroupOverride(["tall.*"], {"row_blocks": [5, 9]})
     unlike = replace(dion, group_overrides=[blocks])
     out.append(
-        Variant("ext_dion_unlike_blocks", MixedShapes, unlike, False, True, everywhere=False)
+        Variant("ext_dion_unlike_blocks", MixedShapes, unlike, False, ROUTES, everywhere=False)
     )
     # Large enough for the sketch of randomised Cholesky QR.
     out.append(Variant("ext_dion_sketched", SketchShapes, dion, False, everywhere=False))
@@ -112,7 +128,7 @@ def _variants() -> List[Variant]:
     triggered = replace(isotropic, **TRIGGERED)
     persistent = replace(orthogonal, **{**TRIGGERED, "persist_noise": True})
     out += [
-        Variant("muon_orthonoise_persistent", MixedShapes, persistent, False, resumes=True),
+        Variant("muon_orthonoise_persistent", MixedShapes, persistent, False, routes=ROUTES),
         Variant(
             "muon_orthonoise_persistent_experts", ExpertShapes, persistent, False, everywhere=False
         ),
@@ -130,14 +146,14 @@ def _variants() -> List[Variant]:
         Variant(
             "soap_everything",
             *(MixedShapes, soap.replace(stagger=True, **everything), False),
-            resumes=True,
+            routes=ROUTES,
         ),
-        Variant("kron_everything", MixedShapes, kron.replace(**everything), False, resumes=True),
-        Variant("kron_pro", MixedShapes, kron.replace(update=KronFit.pro), False, resumes=True),
+        Variant("kron_everything", MixedShapes, kron.replace(**everything), False, routes=ROUTES),
+        Variant("kron_pro", MixedShapes, kron.replace(update=KronFit.pro), False, routes=ROUTES),
     ]
     out += [
-        Variant("whitening", MixedShapes, WhiteningConfig(), False, resumes=True),
-        Variant("whitening_experts", ExpertShapes, WhiteningConfig(), False, resumes=True),
+        Variant("whitening", MixedShapes, WhiteningConfig(), False, routes=ROUTES),
+        Variant("whitening_experts", ExpertShapes, WhiteningConfig(), False, routes=ROUTES),
     ]
     return out
 
