@@ -3,6 +3,7 @@ What each rank of the mesh tests runs, as a script under torchrun: one group of 
 all names, models and meshes.
 """
 
+import gc
 import json
 import os
 import sys
@@ -362,6 +363,7 @@ def measure(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # each load of a checkpoint collects garbage, and modules are most of what it sees
     dist.init_process_group("gloo")
     done: List[Tuple[str, str, bool]] = []
     for variant in VARIANTS:
