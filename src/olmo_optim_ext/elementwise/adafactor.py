@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import Scalar
+from ..engine.hyperparameters import POSITIVE
 from ..engine.rowwise import Numbers, RowLayout, RowMatrix, RowSums, RowwiseOptimizer
 
 __all__ = ["Adafactor", "AdafactorConfig"]
@@ -28,6 +29,7 @@ class Adafactor(RowwiseOptimizer):
     """
 
     sums_columns = True
+    allowed = {"eps": POSITIVE}
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class AdafactorConfig(ExtOptimConfig[Adafactor]):
     """The second moment takes ``t^beta2_decay`` of a new square, < 0."""
 
     eps: float = 2.0**-23
-    """The least that a gradient is divided by, >= 0; torch's ``eps[0]`` for float32."""
+    """The least that a gradient is divided by, > 0; torch's ``eps[0]`` for float32."""
 
     param_rms_eps: float = 1e-3
     """The least RMS that a parameter is taken to have, >= 0; torch's ``eps[1]``."""

@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
-from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule
-from .moments import MOMENTS, adam_scalars, adam_update
+from ..engine.elementwise import ElementwiseOptimizer
+from .moments import ADAM
 
 __all__ = ["Adam", "AdamConfig"]
 
@@ -25,7 +25,7 @@ class Adam(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(MOMENTS, adam_scalars, adam_update)
+    rule = ADAM
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ algorithm 1 with the partition of its appendix for transformers): AdamW with one
 each block of a parameter. Blocks follow from what a parameter is to its model, never from its name.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Dict, Mapping, Sequence, Tuple, Type
 
@@ -31,16 +32,24 @@ def blocks_of(row: ParamRole) -> RowLayout:
     others, as biases, each element is.
     """
     if row.layout is None:
-        n_rows = row.shape[0] if len(row.shape) == 1 and not row.is_gain else 1
-        numel = int(torch.Size(row.shape).numel())
-        return RowLayout(MatrixLayout((n_rows,), (numel // n_rows,)))
+        numel = math.prod(row.shape)
+        one = row.is_gain or (len(row.shape) == 2 and 1 in row.shape)
+        return RowLayout(MatrixLayout(*((1,), (numel,)) if one else ((numel,), (1,))))
     layout, head = row.layout, row.head_dim
     if head is None or not row.scored:
-        return RowLayout(layout)
+        return _tall(RowLayout(layout, (1,) * len(layout.blocks())))
     values = layout.out_sizes[0] - row.scored
     if not values:
-        return RowLayout(layout, (head,) * len(layout.blocks()))
+        return _tall(RowLayout(layout, (head,) * len(layout.blocks())))
     return RowLayout(layout.split_outputs((row.scored, values)), (head, 1) * len(layout.blocks()))
+
+
+def _tall(rows: RowLayout) -> RowLayout:
+    """The same rows as one matrix, where they are as long: fewer kernels for stacks of experts."""
+    layout = rows.layout
+    if layout.in_out or len(layout.col_sizes) > 1:
+        return rows
+    return RowLayout(MatrixLayout((layout.rows,), layout.col_sizes), rows.shared_by[:1])
 
 
 class AdamMini(RowwiseOptimizer):

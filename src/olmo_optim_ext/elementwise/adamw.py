@@ -10,13 +10,13 @@ from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
-from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule
-from .moments import MOMENTS, adam_scalars, adam_update
+from ..engine.elementwise import ElementwiseOptimizer
+from .moments import ADAM
 
 __all__ = ["ADAMW", "AdamW", "AdamWConfig"]
 
 
-ADAMW = ElementwiseRule(MOMENTS, adam_scalars, adam_update)
+ADAMW = ADAM
 
 
 class AdamW(ElementwiseOptimizer):

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Mapping, Sequence, Tuple, Type
 
 import torch
+from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 from typing_extensions import Unpack
 
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
-from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, bias_correction
+from ..engine.elementwise import (
+    ElementwiseOptimizer,
+    ElementwiseRule,
+    Scalar,
+    bias_correction,
+    first_or,
+)
 from ..engine.hyperparameters import THREE_BETAS
 
 __all__ = ["Adan", "AdanConfig"]
@@ -34,7 +41,7 @@ def adan_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scala
         lr / bias_correction(beta1, step),
         lr * beta2 / bias_correction(beta2, step),
         bias_correction(beta3, step).rsqrt(),
-        torch.where(step == 1, 0.0, 1.0),
+        first_or(step, 0.0, 1.0),
         group["eps"],
         *(beta1, 1 - beta1, beta2, 1 - beta2, beta3, 1 - beta3),
     )
@@ -89,6 +96,14 @@ class Adan(ElementwiseOptimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox)
         super().__init__(params, defaults, **engine)
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        super().check_group(group)
+        if group["cautious_weight_decay"] and not group["no_prox"]:
+            raise OLMoConfigurationError(
+                f"{type(self).__name__}: 'cautious_weight_decay' is True with 'no_prox' False, "
+                "allowed is no_prox: true, as the proximal form shrinks the update, too"
+            )
 
 
 @OptimConfig.register("adan")

@@ -18,7 +18,9 @@ from ..engine.elementwise import (
     ElementwiseRule,
     Scalar,
     decoupled_decay,
+    first_or,
 )
+from ..engine.hyperparameters import POSITIVE
 from .moments import MOMENTS
 
 __all__ = ["Adopt", "AdoptConfig"]
@@ -26,15 +28,14 @@ __all__ = ["Adopt", "AdoptConfig"]
 
 def adopt_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
     """``1 - lr wd``, but nothing in the first update, which moves no weight."""
-    return torch.where(step == 1, 1.0, decoupled_decay(group, step))
+    return first_or(step, 1.0, decoupled_decay(group, step))
 
 
 def adopt_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
     beta1, beta2 = group["betas"]
-    first, t = step == 1, step - 1
     exponent = group["clip_exp"]
-    limit = torch.where(first, 0.0, math.inf if exponent is None else t.pow(exponent))
-    of_square = torch.where(first, 1.0, 1 - beta2)
+    limit = first_or(step, 0.0, math.inf if exponent is None else (step - 1).pow(exponent))
+    of_square = first_or(step, 1.0, 1 - beta2)
     return group["lr"], limit, group["eps"], beta1, 1 - beta1, beta2, of_square
 
 
@@ -67,6 +68,7 @@ class Adopt(ElementwiseOptimizer):
 
     rule = ElementwiseRule(MOMENTS, adopt_scalars, adopt, decay=adopt_decay)
     nullable = frozenset({"clip_exp"})
+    allowed = {"eps": POSITIVE}  # the first second moment is 0
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class AdoptConfig(ExtOptimConfig[Adopt]):
     """Decay of the first and of the second moment, two numbers in [0, 1)."""
 
     eps: float = 1e-6
-    """The least that a gradient is divided by, >= 0."""
+    """The least that a gradient is divided by, > 0."""
 
     weight_decay: float = 0.0
     """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""

@@ -37,7 +37,7 @@ def sums_of_gradient(
 ) -> Tuple[torch.Tensor, ...]:
     """``sum(g)`` and ``sum(g^2)``, of the gradient without weight decay."""
     wide = grad.to(torch.float64)  # the variance is a difference of what follows
-    return wide.sum(), (wide * wide).sum()
+    return grad.sum(dtype=torch.float64), (wide * wide).sum()
 
 
 def variance_factor(

@@ -94,6 +94,20 @@ class Mars(ElementwiseOptimizer):
             param_group = {**self._of_1d, **param_group}
         super().add_param_group(param_group)
 
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
+        if group[ALGORITHM] not in (MARS, ADAMW):
+            raise OLMoConfigurationError(
+                f"{owner}: 'algorithm' is {group[ALGORITHM]!r}, allowed are {MARS} and {ADAMW}"
+            )
+        first = to_choice(FirstStep, group["first_step"], "first_step", owner)
+        if self.exact and first != FirstStep.zero:
+            raise OLMoConfigurationError(
+                f"{owner}: 'first_step' is '{first}' with 'exact' True, allowed is zero: the first "
+                "gradient is then compared with itself anyway"
+            )
+        super().check_group(group)
+
     def rule_of(self, group: Mapping[str, Any]) -> ElementwiseRule:
         return ADAMW_RULES[self.exact] if group[ALGORITHM] == ADAMW else self.rule
 
@@ -123,7 +137,8 @@ class Mars(ElementwiseOptimizer):
         Take the gradients for those of the next batch at the last weights. If one is not finite,
         the next step is skipped, on all ranks alike.
         """
-        members = [m for group in self.param_groups for m in self._members(group)]
+        by_group = [(group, self._members(group)) for group in self.param_groups]
+        members = [m for group, some in by_group for m in some if group[ALGORITHM] == MARS]
         self._last_grads = {member.param: member.grad.clone() for member in members}
         self._finite = all_finite([m.param for m in members], [m.grad for m in members])
 
@@ -153,13 +168,19 @@ class Mars(ElementwiseOptimizer):
     def update(self, work: Sequence[GroupWork]) -> None:
         if not self.exact:
             return super().update(work)
-        # To the rules it is like state, but there is none between steps.
-        members = [m for each in work for m in each.members if each.group[ALGORITHM] == MARS]
-        for member in members:
-            member.state[LAST_GRAD] = self._last_grads.get(member.param, member.grad)
-        super().update(work)
-        for member in members:
-            del member.state[LAST_GRAD]
+        # To the rules it is like state, but it stays in none.
+        super().update(
+            [
+                each._replace(members=[self._with_last_grad(m) for m in each.members])
+                if each.group[ALGORITHM] == MARS
+                else each
+                for each in work
+            ]
+        )
+
+    def _with_last_grad(self, member: Member) -> Member:
+        last = self._last_grads.get(member.param, member.grad)
+        return member._replace(state={**member.state, LAST_GRAD: last})
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         buffers = super().buffers(group)
@@ -202,7 +223,10 @@ class MarsConfig(ExtOptimConfig[Mars]):
     """``adamw`` or ``lion``, which has no second moment."""
 
     first_step: FirstStep = FirstStep.zero
-    """What the first gradient is compared with: ``zero`` or ``current``."""
+    """
+    What the first gradient is compared with: ``zero`` or ``current``. With :data:`exact` it is the
+    one of the same batch at the same weights, so that nothing is added.
+    """
 
     optimize_1d: bool = False
     """Whether parameters of one dimension follow MARS, too; if not, AdamW."""

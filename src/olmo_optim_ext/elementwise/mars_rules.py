@@ -9,8 +9,8 @@ from typing import Any, Dict, Mapping, Sequence, Tuple
 import torch
 from olmo_core.config import StrEnum
 
-from ..engine.elementwise import ElementwiseRule, Scalar, WholeSums
-from .moments import MOMENTS, adam_moments, adam_scalars, adam_update
+from ..engine.elementwise import ElementwiseRule, Scalar, WholeSums, first_or
+from .moments import ADAM, MOMENTS, adam_scalars, adam_update
 
 __all__ = ["ADAMW_RULES", "LAST_GRAD", "LAST_PARAM", "RULES", "FirstStep", "MarsForm"]
 
@@ -40,7 +40,7 @@ def _correction_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequenc
     factor = group["gamma"] * (beta1 / (1 - beta1))
     if group["first_step"] == FirstStep.zero:
         return (factor,)
-    return (torch.where(step == 1, 0.0, factor),)
+    return (first_or(step, 0.0, factor),)
 
 
 def mars_adamw_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
@@ -86,11 +86,8 @@ def mars_adamw(
     ``m <- b1 m + (1 - b1) c``, ``v <- b2 v + (1 - b2) c^2``,
     ``p <- (1 - lr wd) p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``.
     """
-    factor, step_size, rsqrt_correction2, eps, *betas, clip = scalars.unbind()
-    c = corrected(grad, last_grad, factor) * clip
-    exp_avg, exp_avg_sq = adam_moments(c, exp_avg, exp_avg_sq, betas)
-    denom = exp_avg_sq.sqrt() * rsqrt_correction2 + eps
-    return step_size * (exp_avg / denom), exp_avg, exp_avg_sq, grad
+    c = corrected(grad, last_grad, scalars[0]) * scalars[-1]
+    return *adam_update(param, c, exp_avg, exp_avg_sq, scalars[1:-1]), grad
 
 
 def mars_lion(
@@ -163,6 +160,6 @@ RULES: Dict[Tuple[MarsForm, bool], ElementwiseRule] = {
 }
 """By form, and whether the last gradient is one of this batch."""
 ADAMW_RULES: Dict[bool, ElementwiseRule] = {
-    False: ElementwiseRule(MOMENTS, adam_scalars, adam_update),
+    False: ADAM,
     True: ElementwiseRule((*MOMENTS, LAST_PARAM), adam_scalars, adamw_exact),
 }

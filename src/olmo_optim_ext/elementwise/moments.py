@@ -6,9 +6,10 @@ from typing import Any, Mapping, Sequence, Tuple
 
 import torch
 
-from ..engine.elementwise import Scalar, bias_correction
+from ..engine.elementwise import ElementwiseRule, Scalar, bias_correction, first_or
 
 __all__ = [
+    "ADAM",
     "MOMENTS",
     "MOMENTUM",
     "adam_moments",
@@ -69,10 +70,14 @@ def adam_update(
     return step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
 
+ADAM = ElementwiseRule(MOMENTS, adam_scalars, adam_update)
+
+
 def heavy_ball_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
     """What :func:`heavy_ball` needs: of ``momentum``, ``dampening`` and ``nesterov``."""
-    mu, damped = group["momentum"], 1 - group["dampening"]
-    new = torch.where(step == 1, 1.0, damped)
+    mu = group["momentum"]
+    # As in torch, without momentum there is no dampening.
+    new = first_or(step, 1.0, 1 - group["dampening"]) if mu != 0 else 1.0
     return (mu, new, mu, 1.0) if group["nesterov"] else (mu, new, 1.0, 0.0)
 
 

@@ -22,6 +22,7 @@ from ..engine.elementwise import (
     WholeSums,
     apply_rule,
     bias_correction,
+    first_or,
     sum_over_model,
 )
 from ..engine.write import write_state
@@ -50,7 +51,7 @@ def prodigy_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Sc
     relative = d / group["d0"]
     of_grad = relative * (d if group["safeguard_warmup"] else group[_D_STEP])
     return (
-        torch.where(step == 1, 1.0, 0.0),
+        first_or(step, 1.0, 0.0),
         of_grad,
         slow_beta(group),
         group[_D_STEP],

@@ -119,8 +119,9 @@ class RMSprop(ElementwiseOptimizer):
         decoupled_weight_decay: bool = False,
         **engine: Unpack[EngineOptions],
     ):
-        self._momentum = momentum
-        self.rule = _RULES[to_flag(centered, "centered", type(self).__name__), momentum != 0]
+        self._has_momentum = momentum != 0
+        self._centered = to_flag(centered, "centered", type(self).__name__)
+        self.rule = _RULES[self._centered, self._has_momentum]
         defaults = {
             "lr": lr,
             "beta2": beta2,
@@ -131,9 +132,13 @@ class RMSprop(ElementwiseOptimizer):
         }
         super().__init__(params, defaults, **engine)
 
+    def is_exact(self, buffer: str) -> bool:
+        # The variance is a small difference of the two.
+        return super().is_exact(buffer) or (self._centered and buffer in (_V, _M))
+
     def check_group(self, group: Mapping[str, Any]) -> None:
         super().check_group(group)
-        if group["momentum"] != 0 and self._momentum == 0:
+        if group["momentum"] != 0 and not self._has_momentum:
             raise OLMoConfigurationError(
                 f"{type(self).__name__}: 'momentum' of a group is {group['momentum']}, allowed is "
                 "0, as the optimizer has no momentum; give it one"
@@ -160,7 +165,10 @@ class RMSpropConfig(ExtOptimConfig[RMSprop]):
     """Decay of the momentum, in [0, 1). If it is not 0, it takes 4 bytes a parameter."""
 
     centered: bool = False
-    """Divide by the standard deviation; takes 4 bytes a parameter."""
+    """
+    Divide by the standard deviation; takes 4 bytes a parameter. ``state_dtype`` is then that of the
+    momentum alone, as the variance is a small difference of two numbers.
+    """
 
     weight_decay: float = 0.0
     """How much of the weights a step takes away, >= 0: see :data:`decoupled_weight_decay`."""

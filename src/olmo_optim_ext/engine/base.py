@@ -248,6 +248,10 @@ class ExtOptimizer(SkipStepOptimizer):
         """Names of the state tensors, shaped like the parameter, of the parameters of a group."""
         raise NotImplementedError
 
+    def is_exact(self, buffer: str) -> bool:
+        """Whether ``state_dtype`` does not apply to one of :meth:`buffers`."""
+        return buffer in self.exact_buffers
+
     def update(self, work: Sequence[GroupWork]) -> None:
         """Update parameters and state in place. Called once a step, on all ranks alike."""
         raise NotImplementedError
@@ -333,7 +337,7 @@ class ExtOptimizer(SkipStepOptimizer):
             for name in self.buffers(group):
                 self.state[param][name] = torch.zeros_like(
                     param,
-                    dtype=dtype if name in self.exact_buffers else buffer_dtype,
+                    dtype=dtype if self.is_exact(name) else buffer_dtype,
                     memory_format=torch.contiguous_format,
                 )
         return clock

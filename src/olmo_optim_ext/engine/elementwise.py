@@ -28,6 +28,7 @@ from typing import (
 import torch
 from olmo_core.config import StrEnum
 from olmo_core.distributed.utils import get_local_tensor
+from olmo_core.exceptions import OLMoConfigurationError
 
 from .base import CALLS, DECOUPLED, ExtOptimizer, GroupWork, Member
 from .placement import sharding_dims, sum_over_shards
@@ -45,6 +46,7 @@ __all__ = [
     "compile_rule",
     "decay_form",
     "decoupled_decay",
+    "first_or",
     "forget_compiled",
     "no_decay",
     "scalars_of",
@@ -153,6 +155,20 @@ LEADING = 2
 """Scalars that are the engine's: the factor of decoupled weight decay, and that of L2."""
 
 
+def first_or(step: torch.Tensor, first: Scalar, later: Scalar) -> torch.Tensor:
+    """
+    ``first`` in a parameter's first update and ``later`` afterwards, in the dtype of the clock.
+
+    :param step: Shape ``(n,)``, counted from 1.
+    """
+    return torch.where(step == 1, _like(step, first), _like(step, later))
+
+
+def _like(step: torch.Tensor, value: Scalar) -> torch.Tensor:
+    # With its dtype: torch takes its default for a number.
+    return value.to(step) if isinstance(value, torch.Tensor) else torch.full_like(step, value)
+
+
 class _Job(NamedTuple):
     """One parameter of a step."""
 
@@ -246,10 +262,7 @@ def scalars_of(each: GroupWork, scalars: ScalarsOf, decay: DecayOf) -> List[torc
         leading: Tuple[Scalar, ...] = (1.0, group["weight_decay"])
     else:
         leading = (decay(group, clock), 0.0)
-    columns = [
-        value.to(clock) if isinstance(value, torch.Tensor) else torch.full_like(clock, value)
-        for value in (*leading, *scalars(group, clock))
-    ]
+    columns = [_like(clock, value) for value in (*leading, *scalars(group, clock))]
     table = torch.stack([column.expand_as(clock) for column in columns], dim=1)
     rows = table.detach().unbind()
     return [rows[member.slot] for member in each.members]
@@ -520,6 +533,13 @@ class ElementwiseOptimizer(ExtOptimizer):
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         return self.rule_of(group).buffers
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        if group["cautious_weight_decay"] and self.rule_of(group).decay is no_decay:
+            raise OLMoConfigurationError(
+                f"{type(self).__name__}: 'cautious_weight_decay' is True, allowed is False, as "
+                "weight decay is a part of the direction here"
+            )
 
     def update(self, work: Sequence[GroupWork]) -> None:
         by_rule: Dict[ElementwiseRule, List[GroupWork]] = {}

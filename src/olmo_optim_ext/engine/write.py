@@ -18,11 +18,22 @@ Elements that an eager rule takes at a time on CPU: its temporaries stay in the 
 it several times faster than whole parameters.
 """
 
+CHUNK_ELSEWHERE = 2**26
+"""
+On other devices: few kernels, and temporaries of 256 MiB, where those of a stack of experts would
+be gigabytes. This was only reasoned.
+"""
+
+
+def chunk_size(device: torch.device) -> int:
+    """How many elements an eager rule takes at a time."""
+    return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
+
 
 def chunks(x: torch.Tensor) -> List[Tuple[int, int]]:
     """Begin and end of what an eager rule takes at a time of a flat tensor."""
     n = x.numel()
-    size = CHUNK if x.device.type == "cpu" else max(n, 1)
+    size = chunk_size(x.device)
     return [(begin, min(begin + size, n)) for begin in range(0, max(n, 1), size)]
 
 
