@@ -35,6 +35,9 @@ from ..engine.write import chunks
 
 __all__ = ["Wrapper", "WrapperConfig", "gated", "integer", "number", "some_at_a_time", "wrapped"]
 
+PREFIX = "wrapper_"
+"""With which the names of a wrapper's options begin in the parameter groups."""
+
 
 class Wrapper(ExtOptimizer):
     """
@@ -42,7 +45,12 @@ class Wrapper(ExtOptimizer):
     ``super().update(work)`` does the step of the optimizer inside. :data:`own_buffers` are further
     state, shaped like the parameters.
 
+    The names of what a wrapper keeps on itself begin with ``_wrapper``, as an optimizer inside may
+    have any other. Its options are also in the groups, under names that begin with
+    :data:`PREFIX`, so that a checkpoint tells with which it was made; those of this optimizer stay.
+
     :param params: As for the optimizer inside.
+    :param own: The wrapper's options.
     :param inner: Keywords of the optimizer inside.
     :param lr: Learning rate; ``None`` leaves it to ``inner``. Likewise ``weight_decay``.
     :param options: Keywords that all optimizers take, and what follows from the model.
@@ -56,20 +64,29 @@ class Wrapper(ExtOptimizer):
     def __init__(
         self,
         params: Any,
+        own: Mapping[str, Any],
         inner: Optional[Mapping[str, Any]] = None,
         lr: Optional[float] = None,
         weight_decay: Optional[float] = None,
         **options: Any,
     ):
+        check_hyperparameters(own, type(self).__name__, self.own_allowed)
+        self._wrapper = dict(own)
         common = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in common.items() if value is not None}
         super().__init__(params, **{**(inner or {}), **given, **options})
 
-    def check_options(self, **options: Any) -> None:
-        """
-        :raises OLMoConfigurationError: If an option of the wrapper is out of its range.
-        """
-        check_hyperparameters(options, type(self).__name__, self.own_allowed)
+    def add_param_group(self, param_group: Dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._name_options(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            self._name_options(group)
+
+    def _name_options(self, group: Dict[str, Any]) -> None:
+        group.update({PREFIX + key: value for key, value in self._wrapper.items()})
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         return (*super().buffers(group), *self.own_buffers)
