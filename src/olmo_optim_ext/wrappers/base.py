@@ -165,7 +165,8 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
     inner: Any = field(default_factory=dict)
     """
     The optimizer inside: a mapping with ``name``, from the catalogue, and fields of its config, or
-    a config, which becomes such a mapping. Fields that all optimizers share are the wrapper's.
+    a config, which becomes a mapping with all of its fields. Fields that all optimizers share are
+    the wrapper's.
     """
 
     lr: Optional[float] = None
@@ -182,9 +183,23 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
     """By name, fields of optimizers inside whose defaults are others here."""
 
     def __post_init__(self, *args: Any) -> None:
+        if isinstance(self.inner, ExtOptimConfig):
+            self.inner = self._fields_of(self.inner)
         self.inner = _to_plain(self.inner)
         self._check_inner()
         super().__post_init__(*args)
+
+    def _fields_of(self, config: ExtOptimConfig) -> Dict[str, Any]:
+        # Of its own fields all, also those that have their defaults: those may be others here.
+        out: Dict[str, Any] = {"name": config.get_registered_name()}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            # lr and weight decay may be given here.
+            given = f.name in ("lr", "weight_decay") and getattr(self, f.name) is not None
+            left_out = value is None or given or f.name in _OF_THE_WRAPPER
+            if not (left_out and value == _default(f)):
+                out[f.name] = value
+        return out
 
     def _check_inner(self) -> None:
         owner = type(self).__name__
@@ -196,7 +211,7 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
         fields = dict(self.inner)
         name = fields.pop("name", self.default_inner)
         inside = _optimizers_inside()
-        names = [n for n in (name, f"ext_{name}") if n in inside]
+        names = [n for n in (name, f"ext_{name}") if isinstance(name, str) and n in inside]
         if not names:
             raise OLMoConfigurationError(
                 f"{owner}: 'inner.name' is {name!r}, allowed are {_closest(name, inside)}"
@@ -214,6 +229,11 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
                     f"{_closest(key, known)}"
                 )
         for key in ("lr", "weight_decay"):
+            if key not in known and getattr(self, key) is not None:
+                raise OLMoConfigurationError(
+                    f"{owner}: '{key}' is {getattr(self, key)!r}, allowed is None, as {names[0]} "
+                    "has no such field"
+                )
             if fields.get(key) is not None and getattr(self, key) is not None:
                 raise OLMoConfigurationError(
                     f"{owner}: '{key}' is {getattr(self, key)!r} and 'inner.{key}' is "
@@ -279,14 +299,6 @@ def _closest(name: Any, allowed: Iterable[str]) -> str:
 
 def _to_plain(value: Any) -> Any:
     """As it is in YAML, so that a config that was written and read is the same."""
-    if isinstance(value, ExtOptimConfig):
-        name = value.get_registered_name()
-        changed = {
-            f.name: getattr(value, f.name)
-            for f in dataclasses.fields(value)
-            if getattr(value, f.name) != _default(f)
-        }
-        return _to_plain({"name": name, **changed})
     if isinstance(value, Mapping):
         return {key: _to_plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
