@@ -32,6 +32,7 @@ from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.elementwise.sophia import SophiaConfig
 from olmo_optim_ext.training import check_never_decays
+from olmo_optim_ext.wrappers.base import WrapperConfig
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
@@ -132,8 +133,8 @@ class JolmoModel:
     stages: List[StageSpec]
     optimizer: Dict[str, Any]
     """
-    ``name``, and any field of that optimizer's config. ``batch_tokens``, where it has one, is
-    ``global_batch_size`` if it is not given.
+    ``name``, and any field of that optimizer's config. ``batch_tokens``, where it or the optimizer
+    inside has one, is ``global_batch_size`` if it is not given.
     """
     model: Any = "olmo3_14M"
     """
@@ -315,7 +316,11 @@ class JolmoModel:
         )
         if issubclass(_optimizer_config_class(name), SophiaConfig):
             values.setdefault("batch_tokens", self.global_batch_size)
-        return _build_optimizer_spec(name, **values)
+        config = _build_optimizer_spec(name, **values)
+        if isinstance(config, WrapperConfig) and isinstance(config.rule_config, SophiaConfig):
+            inner = {"batch_tokens": self.global_batch_size, **config.inner}
+            config = config.replace(inner=inner)
+        return config
 
     def scheduler_config(self) -> Scheduler:
         """The learning-rate schedule; constant if none is asked for."""

@@ -10,7 +10,7 @@ from .base import Member
 from .placement import element_index
 from .random import random_bits, round_stochastically, stream
 
-__all__ = ["Rounding", "chunks", "rounding_of", "some_of", "write_state", "write_weights"]
+__all__ = ["Rounding", "chunks", "rounding_of", "some_of", "write", "write_state", "write_weights"]
 
 CHUNK = 2**17
 """
@@ -91,7 +91,7 @@ def write_state(
             if places.ndim == 0:  # of the first of consecutive elements
                 places = torch.arange(buffer.numel(), device=buffer.device) + places
             new = round_stochastically(new, random_bits(places, rounding.keys[i]))
-        _write(buffer, new, proceed)
+        write(buffer, new, proceed)
 
 
 def write_weights(
@@ -112,10 +112,15 @@ def write_weights(
     decayed = old * decay
     if cautious_decay:
         decayed = torch.where(step * old >= 0, decayed, old)
-    _write(param, (decayed - step).to(param.dtype), proceed)
+    write(param, (decayed - step).to(param.dtype), proceed)
 
 
-def _write(target: torch.Tensor, new: torch.Tensor, proceed: Optional[torch.Tensor]) -> None:
+def write(target: torch.Tensor, new: torch.Tensor, proceed: Optional[torch.Tensor]) -> None:
+    """
+    Replace a tensor by another of its dtype, unless the step is skipped.
+
+    :param proceed: Whether the step is taken, 0-d; ``None`` without a gate.
+    """
     if proceed is None:
         target.copy_(new)
     else:

@@ -22,14 +22,16 @@ class SAMCallback(Callback):
         trainer_config.add_callback("sam", SAMCallback())
 
     It comes between the pass of the train module and the step, with the same micro-batches, before
-    gradients are clipped. Metrics, and the loss that the gate sees, are those of the first pass.
+    gradients are clipped. Metrics, and the loss that the gate sees, are those of the first pass;
+    so are the gradients that other callbacks see before the step, such as OLMo-core's
+    ``GAPMonitorCallback``, unless their priority is lower still.
 
     :raises OLMoConfigurationError: When it is attached, unless the optimizer is ``sam`` and the
         train module one that can make further passes.
     """
 
-    # Before those that look at the gradients of the step.
-    priority: ClassVar[int] = 100
+    # After callbacks that change the batch.
+    priority: ClassVar[int] = -1000
 
     _batch: Optional[Dict[str, Any]] = None
 
@@ -47,10 +49,12 @@ class SAMCallback(Callback):
             return
         optim = self._optimizer()
         module = transformer_of(self.trainer.train_module, type(self).__name__)
-        optim.perturb()
-        module.zero_grads()
-        backward_again(module, batch)
-        optim.unperturb()
+        try:
+            optim.perturb()
+            module.zero_grads()
+            backward_again(module, batch)
+        finally:
+            optim.unperturb()
 
     def _optimizer(self) -> SAM:
         optim = getattr(self.trainer.train_module, "optim", None)

@@ -35,6 +35,9 @@ from ..engine.write import chunks
 
 __all__ = ["Wrapper", "WrapperConfig", "gated", "integer", "number", "some_at_a_time", "wrapped"]
 
+PREFIX = "wrapper_"
+"""With which the names of a wrapper's options begin in the parameter groups."""
+
 
 class Wrapper(ExtOptimizer):
     """
@@ -42,7 +45,12 @@ class Wrapper(ExtOptimizer):
     ``super().update(work)`` does the step of the optimizer inside. :data:`own_buffers` are further
     state, shaped like the parameters.
 
+    The names of what a wrapper keeps on itself begin with ``_wrapper``, as an optimizer inside may
+    have any other. Its options are also in the groups, under names that begin with
+    :data:`PREFIX`, so that a checkpoint tells with which it was made; those of this optimizer stay.
+
     :param params: As for the optimizer inside.
+    :param own: The wrapper's options.
     :param inner: Keywords of the optimizer inside.
     :param lr: Learning rate; ``None`` leaves it to ``inner``. Likewise ``weight_decay``.
     :param options: Keywords that all optimizers take, and what follows from the model.
@@ -56,20 +64,29 @@ class Wrapper(ExtOptimizer):
     def __init__(
         self,
         params: Any,
+        own: Mapping[str, Any],
         inner: Optional[Mapping[str, Any]] = None,
         lr: Optional[float] = None,
         weight_decay: Optional[float] = None,
         **options: Any,
     ):
+        check_hyperparameters(own, type(self).__name__, self.own_allowed)
+        self._wrapper = dict(own)
         common = {"lr": lr, "weight_decay": weight_decay}
         given = {key: value for key, value in common.items() if value is not None}
         super().__init__(params, **{**(inner or {}), **given, **options})
 
-    def check_options(self, **options: Any) -> None:
-        """
-        :raises OLMoConfigurationError: If an option of the wrapper is out of its range.
-        """
-        check_hyperparameters(options, type(self).__name__, self.own_allowed)
+    def add_param_group(self, param_group: Dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._name_options(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            self._name_options(group)
+
+    def _name_options(self, group: Dict[str, Any]) -> None:
+        group.update({PREFIX + key: value for key, value in self._wrapper.items()})
 
     def buffers(self, group: Mapping[str, Any]) -> Sequence[str]:
         return (*super().buffers(group), *self.own_buffers)
@@ -148,7 +165,8 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
     inner: Any = field(default_factory=dict)
     """
     The optimizer inside: a mapping with ``name``, from the catalogue, and fields of its config, or
-    a config, which becomes such a mapping. Fields that all optimizers share are the wrapper's.
+    a config, which becomes a mapping with all of its fields. Fields that all optimizers share are
+    the wrapper's.
     """
 
     lr: Optional[float] = None
@@ -165,9 +183,23 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
     """By name, fields of optimizers inside whose defaults are others here."""
 
     def __post_init__(self, *args: Any) -> None:
+        if isinstance(self.inner, ExtOptimConfig):
+            self.inner = self._fields_of(self.inner)
         self.inner = _to_plain(self.inner)
         self._check_inner()
         super().__post_init__(*args)
+
+    def _fields_of(self, config: ExtOptimConfig) -> Dict[str, Any]:
+        # Of its own fields all, also those that have their defaults: those may be others here.
+        out: Dict[str, Any] = {"name": config.get_registered_name()}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            # lr and weight decay may be given here.
+            given = f.name in ("lr", "weight_decay") and getattr(self, f.name) is not None
+            left_out = value is None or given or f.name in _OF_THE_WRAPPER
+            if not (left_out and value == _default(f)):
+                out[f.name] = value
+        return out
 
     def _check_inner(self) -> None:
         owner = type(self).__name__
@@ -179,7 +211,7 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
         fields = dict(self.inner)
         name = fields.pop("name", self.default_inner)
         inside = _optimizers_inside()
-        names = [n for n in (name, f"ext_{name}") if n in inside]
+        names = [n for n in (name, f"ext_{name}") if isinstance(name, str) and n in inside]
         if not names:
             raise OLMoConfigurationError(
                 f"{owner}: 'inner.name' is {name!r}, allowed are {_closest(name, inside)}"
@@ -197,6 +229,11 @@ class WrapperConfig(ExtOptimConfig[ExtOptimizer]):
                     f"{_closest(key, known)}"
                 )
         for key in ("lr", "weight_decay"):
+            if key not in known and getattr(self, key) is not None:
+                raise OLMoConfigurationError(
+                    f"{owner}: '{key}' is {getattr(self, key)!r}, allowed is None, as {names[0]} "
+                    "has no such field"
+                )
             if fields.get(key) is not None and getattr(self, key) is not None:
                 raise OLMoConfigurationError(
                     f"{owner}: '{key}' is {getattr(self, key)!r} and 'inner.{key}' is "
@@ -262,14 +299,6 @@ def _closest(name: Any, allowed: Iterable[str]) -> str:
 
 def _to_plain(value: Any) -> Any:
     """As it is in YAML, so that a config that was written and read is the same."""
-    if isinstance(value, ExtOptimConfig):
-        name = value.get_registered_name()
-        changed = {
-            f.name: getattr(value, f.name)
-            for f in dataclasses.fields(value)
-            if getattr(value, f.name) != _default(f)
-        }
-        return _to_plain({"name": name, **changed})
     if isinstance(value, Mapping):
         return {key: _to_plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

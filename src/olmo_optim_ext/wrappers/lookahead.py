@@ -31,26 +31,24 @@ class Lookahead(Wrapper):
     own_allowed = {"k": integer(1), "alpha": number(lambda x: 0 < x <= 1, "a number in (0, 1]")}
 
     def __init__(self, params: Any, k: int = 5, alpha: float = 0.5, **options: Any):
-        self.check_options(k=k, alpha=alpha)
-        self._k = k
-        self._alpha = alpha
-        super().__init__(params, **options)
+        super().__init__(params, {"k": k, "alpha": alpha}, **options)
 
     def update(self, work: Sequence[GroupWork]) -> None:
+        k, alpha = self._wrapper["k"], self._wrapper["alpha"]
         for each in work:
-            begins = gated((each.clock - 1) % self._k == 0, each).unbind()
+            begins = gated((each.clock - 1) % k == 0, each).unbind()
             for member in each.members:
                 param = get_local_tensor(member.param)
                 for now, slow in some_at_a_time(param, member.local("slow")):
                     torch.where(begins[member.slot], now.to(slow.dtype), slow, out=slow)
         super().update(work)
         for each in work:
-            ends = gated(each.clock % self._k == 0, each).unbind()
+            ends = gated(each.clock % k == 0, each).unbind()
             for member in each.members:
                 param = get_local_tensor(member.param)
                 for fast, slow in some_at_a_time(param, member.local("slow")):
                     # In this form alpha = 1 is exactly the optimizer inside.
-                    mean = fast + (1 - self._alpha) * (slow - fast)
+                    mean = fast + (1 - alpha) * (slow - fast)
                     torch.where(ends[member.slot], mean.to(fast.dtype), fast, out=fast)
 
 

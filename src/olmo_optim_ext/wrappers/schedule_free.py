@@ -14,7 +14,8 @@ from olmo_core.optim import OptimConfig
 
 from ..engine.base import STEP, GroupWork
 from ..engine.hyperparameters import NON_NEGATIVE
-from .base import Wrapper, WrapperConfig, integer, number, some_at_a_time
+from ..engine.write import write
+from .base import PREFIX, Wrapper, WrapperConfig, integer, number, some_at_a_time
 
 __all__ = ["ScheduleFree", "ScheduleFreeConfig"]
 
@@ -61,15 +62,14 @@ class ScheduleFree(Wrapper):
         r: float = 0.0,
         **options: Any,
     ):
-        self.check_options(
-            momentum=momentum, warmup_steps=warmup_steps, weight_lr_power=weight_lr_power, r=r
-        )
-        self._momentum = momentum
-        self._warmup_steps = warmup_steps
-        self._weight_lr_power = weight_lr_power
-        self._r = r
-        self._training: Dict[torch.Tensor, torch.Tensor] = {}
-        super().__init__(params, **options)
+        own = {
+            "momentum": momentum,
+            "warmup_steps": warmup_steps,
+            "weight_lr_power": weight_lr_power,
+            "r": r,
+        }
+        self._wrapper_training: Dict[torch.Tensor, torch.Tensor] = {}
+        super().__init__(params, own, **options)
 
     def _create_state(self, group: Dict[str, Any]) -> torch.Tensor:
         clock = super()._create_state(group)
@@ -81,7 +81,7 @@ class ScheduleFree(Wrapper):
     @property
     def is_averaged(self) -> bool:
         """Whether parameters are the average ``x``."""
-        return bool(self._training)
+        return bool(self._wrapper_training)
 
     def prepare_step(self) -> None:
         self._refuse_average("step()")
@@ -101,19 +101,29 @@ class ScheduleFree(Wrapper):
         """
         As that of the optimizer inside.
 
-        :raises OLMoConfigurationError: Also while parameters are the average.
+        :raises OLMoConfigurationError: Also while parameters are the average, or if it was saved
+            with another ``momentum``: the weights that were saved with it are its ``y``, whose
+            average would be another.
         """
         self._refuse_average("load_state_dict()")
+        momentum = self._wrapper["momentum"]
+        for group in state_dict["param_groups"]:
+            if (saved := group.get(PREFIX + "momentum", momentum)) != momentum:
+                raise OLMoConfigurationError(
+                    f"{type(self).__name__}: 'momentum' is {momentum} and the state to load was "
+                    f"saved with {saved}, allowed is {saved}, as the weights beside it are its y"
+                )
         super().load_state_dict(state_dict)
 
     def _refuse_average(self, what: str) -> None:
-        if self._training:
+        if self._wrapper_training:
             raise OLMoConfigurationError(
                 f"{type(self).__name__}: {what} while the parameters are the average, allowed is "
                 "swap_back() before it"
             )
 
     def update(self, work: Sequence[GroupWork]) -> None:
+        momentum = self._wrapper["momentum"]
         before = [[get_local_tensor(m.param).clone() for m in each.members] for each in work]
         super().update(work)
         for each, olds in zip(work, before):
@@ -124,9 +134,9 @@ class ScheduleFree(Wrapper):
                     y = y.to(z.dtype)
                     z_old = torch.where(first, y, z)
                     step = (y - moved.to(z.dtype)) * warmup
-                    y_new = y + c * (z_old - y) - (1 - self._momentum * (1 - c)) * step
-                    _write(moved, y_new, each)
-                    _write(z, z_old - step, each)
+                    y_new = y + c * (z_old - y) - (1 - momentum * (1 - c)) * step
+                    write(moved, y_new.to(moved.dtype), each.proceed)
+                    write(z, z_old - step, each.proceed)
 
     def _shares(self, work: GroupWork) -> Tuple[torch.Tensor, ...]:
         """
@@ -138,13 +148,14 @@ class ScheduleFree(Wrapper):
         total, largest = table.unbind(1)
         clock = work.clock.unbind()
         t = torch.stack([clock[member.slot] for member in work.members])
-        warmup = (t / max(self._warmup_steps, 1)).clamp(max=1.0)
+        warmup = (t / max(self._wrapper["warmup_steps"], 1)).clamp(max=1.0)
         peak = torch.maximum(largest, work.group["lr"] * warmup)
         # In units of the last weight: with a constant one the sum is a count, which is exact.
-        ratio = (largest / peak) ** self._weight_lr_power * ((t - 1) / t) ** self._r
+        power, r = self._wrapper["weight_lr_power"], self._wrapper["r"]
+        ratio = (largest / peak) ** power * ((t - 1) / t) ** r
         total = torch.where(peak > 0, total * ratio + 1, 0.0)
         c = torch.where(peak > 0, 1 / total, 0.0)
-        _write(table, torch.stack([total, peak], dim=1), work)
+        write(table, torch.stack([total, peak], dim=1).to(table.dtype), work.proceed)
         torch._foreach_copy_(states, table.unbind())
         return t == 1, warmup, c
 
@@ -158,36 +169,30 @@ class ScheduleFree(Wrapper):
         :raises OLMoConfigurationError: If they are.
         """
         self._refuse_average("swap_to_average()")
+        momentum = self._wrapper["momentum"]
         for param in self.state:
             local, state = get_local_tensor(param), self.state[param]
-            self._training[param] = local.clone()
+            self._wrapper_training[param] = local.clone()
             for y, z in some_at_a_time(local, get_local_tensor(state["z"])):
-                x = y + (1 - 1 / self._momentum) * (z - y)
+                x = y + (1 - 1 / momentum) * (z - y)
                 torch.where(state[STEP] > 0, x.to(y.dtype), y, out=y)
 
     @torch.no_grad()
     def swap_back(self) -> None:
         """Make the parameters ``y`` again, bitwise; does nothing if they are."""
-        while self._training:
-            param, y = self._training.popitem()
+        while self._wrapper_training:
+            param, y = self._wrapper_training.popitem()
             get_local_tensor(param).copy_(y)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Parameters are ``x`` inside, and ``y`` again after it, whatever happens."""
-        self.swap_to_average()
+        self._refuse_average("averaged()")
         try:
+            self.swap_to_average()
             yield
         finally:
             self.swap_back()
-
-
-def _write(target: torch.Tensor, new: torch.Tensor, work: GroupWork) -> None:
-    new = new.to(target.dtype)
-    if work.proceed is None:
-        target.copy_(new)
-    else:
-        torch.where(work.proceed, new, target, out=target)
 
 
 @OptimConfig.register("schedule_free")

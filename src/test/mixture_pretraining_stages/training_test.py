@@ -108,6 +108,18 @@ def test_the_batch_factor_of_sophia_is_the_global_batch(tmp_path):
     assert factor("optimizer.batch_tokens=1") == 1
 
 
+def test_the_batch_factor_is_also_that_of_sophia_inside_another(tmp_path):
+    def factor(*overrides: str) -> Any:
+        optimizer = {"name": "lookahead", "k": 3, "inner": {"name": "sophia", "rho": 0.1}}
+        config: Any = load(tmp_path, *overrides, optimizer=optimizer).optimizer_config()
+        assert (config.k, config.rule_config.rho) == (3, 0.1)
+        return config.rule_config.batch_tokens
+
+    assert factor() == 256
+    assert factor("global_batch_size=512") == 512
+    assert factor("optimizer.inner.batch_tokens=1") == 1
+
+
 def test_names_become_configs_without_a_list_of_names():
     for name in olmo_optim_ext.list_optimizers():
         cls: Any = olmo_optim_ext.get_config_class(name)

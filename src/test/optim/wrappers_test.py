@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 import torch
 import torch.nn as nn
+from olmo_core.distributed.checkpoint import load_model_and_optim_state, save_model_and_optim_state
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig, OptimGroupOverride
 from pytorch_optimizer import SAM as TheirSAM
@@ -17,6 +18,7 @@ from pytorch_optimizer import ScheduleFreeAdamW
 from olmo_optim_ext import (
     AdamWConfig,
     LookaheadConfig,
+    MarsConfig,
     MuonConfig,
     PolarMethod,
     RangerConfig,
@@ -168,6 +170,46 @@ def test_nothing_is_done_to_the_average(what: Callable[..., Any]):
         what(model, optim)
 
 
+def test_an_average_that_fails_halfway_is_undone():
+    model = MixedShapes()
+    optim: Any = ScheduleFreeConfig(**COMMON).build(model)
+    train(model, optim, 0, 3)
+    trained = weights(model)
+    del optim.state[model.lm_head.weight]["z"]
+    with pytest.raises(KeyError, match="z"):
+        with optim.averaged():
+            pass
+    assert not optim.is_averaged
+    assert equal(weights(model), trained)
+
+
+def test_an_average_within_one_leaves_that_one_alone():
+    model = MixedShapes()
+    optim: Any = ScheduleFreeConfig(**COMMON).build(model)
+    train(model, optim, 0, 3)
+    with optim.averaged():
+        average = weights(model)
+        with pytest.raises(OLMoConfigurationError, match="allowed is swap_back"):
+            with optim.averaged():
+                pass
+        assert equal(weights(model), average)
+
+
+def test_another_momentum_than_the_saved_one_is_refused(tmp_path):
+    model = MixedShapes()
+    optim: Any = ScheduleFreeConfig(**COMMON).build(model)
+    train(model, optim, 0, 3)
+    fresh = MixedShapes()
+    other: Any = ScheduleFreeConfig(momentum=0.8, r=1.0, **COMMON).build(fresh)
+    message = "'momentum' is 0.8 and the state to load was saved with 0.9, allowed is 0.9"
+    with pytest.raises(OLMoConfigurationError, match=message):
+        other.load_state_dict(optim.state_dict())
+    assert all(state["step"] == 0 for state in other.state.values())
+    save_model_and_optim_state(tmp_path, model, optim, flatten_optimizer_state=True)
+    with pytest.raises(OLMoConfigurationError, match=message):
+        load_model_and_optim_state(tmp_path, fresh, other, flatten_optimizer_state=True)
+
+
 # SAM
 
 
@@ -229,6 +271,24 @@ def test_a_step_without_its_second_pass_says_what_to_add():
     assert [group["calls"] for group in optim.param_groups] == [7]
 
 
+@pytest.mark.parametrize(
+    "what", [lambda optim: optim.state_dict(), lambda optim: optim.load_state_dict({})]
+)
+def test_perturbed_weights_are_neither_saved_nor_loaded(what: Callable[..., Any]):
+    model = MixedShapes()
+    optim: Any = SAMConfig().build(model)
+    for key, grad in grads_at(0, model).items():
+        model.get_parameter(key).grad = grad
+    optim.perturb()
+    with pytest.raises(OLMoConfigurationError, match="perturbed, allowed is unperturb()"):
+        what(optim)
+    optim.unperturb()
+    optim.load_state_dict(optim.state_dict())
+    # What was loaded has no second pass.
+    with pytest.raises(OLMoConfigurationError, match="without the second pass"):
+        optim.step()
+
+
 @pytest.mark.parametrize("clipped", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_first_gradient_is_enough_to_skip_the_step(bad, clipped):
@@ -261,7 +321,8 @@ def test_configs_are_read_as_they_were_written(wrapper):
         assert wrapper.from_dict(config.as_dict()) == config
         assert OptimConfig.from_dict(config.as_config_dict()) == config
     config = wrapper(inner=inner, lr=0.1)
-    assert config.inner == {"name": "ext_muon", "polar_method": "svd", "adamw_betas": [0.8, 0.9]}
+    assert {"name": "ext_muon", "polar_method": "svd"}.items() <= config.inner.items()
+    assert config.inner["adamw_betas"] == [0.8, 0.9] and "lr" not in config.inner
     assert config.rule_config == inner.replace(lr=0.1)
 
 
@@ -284,6 +345,7 @@ def test_what_is_not_given_is_the_inner_optimizers_or_the_authors():
         ({"name": "lookahead"}, "'inner.name' is 'lookahead', allowed are "),
         ({"name": "skip_step_adamw"}, "'inner.name' is 'skip_step_adamw', allowed are "),
         ({"name": None}, "'inner.name' is None, allowed are "),
+        ({"name": ["muon"]}, r"'inner.name' is \['muon'\], allowed are "),
         ("muon", "'inner' is 'muon', allowed is a mapping"),
         (LookaheadConfig(), "'inner.name' is 'lookahead', allowed are "),
         ({"beta": 1}, "'inner.beta' is no field of ext_adamw, allowed are .*did you mean betas"),
@@ -300,6 +362,30 @@ def test_a_wrong_inner_optimizer_is_refused(inner, message):
         SAMConfig(inner=inner, lr=0.1)
 
 
+def test_a_field_that_the_inner_optimizer_has_not_is_refused():
+    assert SAMConfig(inner={"name": "scion"}, lr=0.1).rule_config.as_dict()["lr"] == 0.1
+    message = "'weight_decay' is 0.1, allowed is None, as scion has no such field"
+    with pytest.raises(OLMoConfigurationError, match=message):
+        SAMConfig(inner={"name": "scion"}, weight_decay=0.1)
+
+
+def test_what_a_config_inside_says_is_not_tuned():
+    inner = AdamWConfig(betas=(0.9, 0.999))
+    assert ScheduleFreeConfig(inner=inner).rule_config == inner
+    assert ScheduleFreeConfig(inner=AdamWConfig()).rule_config == AdamWConfig()
+    assert ScheduleFreeConfig(inner=inner, lr=0.5).rule_config == inner.replace(lr=0.5)
+    # Names that the wrapper and the optimizer inside share.
+    muon = MuonConfig(momentum=0.95)
+    assert ScheduleFreeConfig(inner=muon, momentum=0.8).rule_config == muon
+
+
+def test_sam_around_exact_mars_is_refused():
+    assert SAMConfig(inner={"name": "mars"}).rule_config == MarsConfig()
+    for inner in ({"name": "mars", "exact": True}, MarsConfig(exact=True)):
+        with pytest.raises(OLMoConfigurationError, match="'inner.exact' is True, allowed is false"):
+            SAMConfig(inner=inner)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_groups_roles_and_reports_are_those_of_the_optimizer_inside(wrapper):
     overrides = [OptimGroupOverride(["norm.*"], {"lr": 0.5, "betas": (0.5, 0.6)})]
@@ -308,7 +394,11 @@ def test_groups_roles_and_reports_are_those_of_the_optimizer_inside(wrapper):
     model, other = MixedShapes(), MixedShapes()
     optim: Any = config.build(model)
     bare: Any = rule.build(other)
-    of = lambda o: [{k: v for k, v in g.items() if k != "params"} for g in o.param_groups]  # noqa: E731
+
+    def of(o: Any) -> List[Dict[str, Any]]:
+        own = lambda key: key == "params" or key.startswith(base.PREFIX)  # noqa: E731
+        return [{k: v for k, v in g.items() if not own(k)} for g in o.param_groups]
+
     assert of(optim) == of(bare)
     assert role_table(model, config, optim) == role_table(other, rule, bare)
     optim.ask_for_report()
@@ -321,6 +411,51 @@ def test_groups_roles_and_reports_are_those_of_the_optimizer_inside(wrapper):
 def test_overrides_of_a_wrappers_own_fields_are_refused():
     overrides = [OptimGroupOverride(["norm.*"], {"alpha": 0.5})]
     with pytest.raises(OLMoConfigurationError, match="'alpha' is not a field of a parameter group"):
+        LookaheadConfig(group_overrides=overrides).build(MixedShapes())
+
+
+@pytest.mark.parametrize("way", ["torch", "dcp_flat", "dcp_nested"])
+@pytest.mark.parametrize(
+    "saved,loaded,differences",
+    [
+        (LookaheadConfig(alpha=0.8), LookaheadConfig(k=7, alpha=0.8), ["k: 5 -> 7"]),
+        (
+            SAMConfig(),
+            SAMConfig(rho=0.1, adaptive=True, interval=2),
+            ["rho: 0.05 -> 0.1", "adaptive: False -> True", "interval: 1 -> 2"],
+        ),
+        (
+            ScheduleFreeConfig(),
+            ScheduleFreeConfig(warmup_steps=3, r=1.0),
+            ["warmup_steps: 0 -> 3", "r: 0.0 -> 1.0"],
+        ),
+    ],
+    ids=["lookahead", "sam", "schedule_free"],
+)
+def test_options_that_changed_are_listed_when_a_checkpoint_is_loaded(
+    saved, loaded, differences, way, tmp_path, caplog
+):
+    model, other = MixedShapes(), MixedShapes()
+    optim, resumed = saved.build(model), loaded.build(other)
+    own = [dict(group) for group in resumed.param_groups]
+    train(model, optim, 0, 1)
+    caplog.set_level("WARNING", logger="olmo_optim_ext.config")
+    if way == "torch":
+        torch.save(optim.state_dict(), tmp_path / "state.pt")
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    else:
+        flat = {"flatten_optimizer_state": way == "dcp_flat"}
+        save_model_and_optim_state(tmp_path / "s", model, optim, **flat)
+        load_model_and_optim_state(tmp_path / "s", other, resumed, **flat)
+    listed = [r.getMessage() for r in caplog.records if "other hyperparameters" in r.message]
+    lines = [f"group 0 wrapper_{difference}" for difference in differences]
+    assert [message.split("used: ")[1] for message in listed] == ["; ".join(lines)]
+    assert resumed.param_groups[0] == {**own[0], "calls": 1}
+
+
+def test_options_in_groups_cannot_be_set():
+    overrides = [OptimGroupOverride(["norm.*"], {"wrapper_alpha": 0.5})]
+    with pytest.raises(OLMoConfigurationError, match="'wrapper_alpha' is not a field of a param"):
         LookaheadConfig(group_overrides=overrides).build(MixedShapes())
 
 

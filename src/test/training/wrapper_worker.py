@@ -30,7 +30,12 @@ from torch.distributed.tensor import DTensor
 
 from olmo_optim_ext import SAM, AdamWConfig, SAMConfig, ScheduleFree, ScheduleFreeConfig
 from olmo_optim_ext.config import ExtOptimConfig
-from olmo_optim_ext.training import AveragingCallback, SAMCallback, export_averaged
+from olmo_optim_ext.training import (
+    AveragingCallback,
+    SAMCallback,
+    export_averaged,
+    needed_callbacks,
+)
 
 from .bad_batch_worker import INSTANCES, LENGTH, VOCAB_SIZE, OneBatch, bits, tensors_of
 
@@ -107,7 +112,7 @@ def params_of(trainer: Trainer) -> Dict[str, torch.Tensor]:
 class SeesGradients(Callback):
     """Notes the gradients of each step, and whether weights are what they were before it."""
 
-    priority: ClassVar[int] = -100  # after the second pass
+    priority: ClassVar[int] = -2000  # after the second pass
 
     grads: List[Dict[str, torch.Tensor]] = field(default_factory=list)
     losses: List[float] = field(default_factory=list)
@@ -132,13 +137,25 @@ class SeesGradients(Callback):
             self.losses.append(metrics["train/CE loss"])
 
 
-def by_hand(start: Dict[str, torch.Tensor], interval: int, adaptive: bool) -> Dict[str, Any]:
+@dataclass
+class ChangesBatch(Callback):
+    """Replaces the tokens, as a schedule of sequence lengths does."""
+
+    def pre_step(self, batch: Dict[str, Any]):
+        batch["input_ids"] = VOCAB_SIZE - 1 - batch["input_ids"]
+
+
+def by_hand(
+    start: Dict[str, torch.Tensor], interval: int, adaptive: bool, changed: bool
+) -> Dict[str, Any]:
     """The same on one rank, over the whole batch at once, with torch's AdamW."""
     model = model_config().build(init_device="cpu")
     model.load_state_dict(start)
     optim = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB_SIZE, (INSTANCES, LENGTH), generator=generator)
+    if changed:
+        tokens = VOCAB_SIZE - 1 - tokens
 
     def loss() -> torch.Tensor:
         logits = model(tokens)[:, :-1]
@@ -176,14 +193,17 @@ def error(got: List[Dict[str, torch.Tensor]], want: List[Dict[str, torch.Tensor]
     )
 
 
-def sam(folder: Path, interval: int, adaptive: bool) -> Dict[str, Any]:
+def sam(folder: Path, interval: int, adaptive: bool, changed: bool = False) -> Dict[str, Any]:
     config = SAMConfig(rho=RHO, lr=0.01, weight_decay=0.1, interval=interval, adaptive=adaptive)
     seen = SeesGradients()
-    trainer = build(folder, config, {"sam": SAMCallback(), "seen": seen})
+    callbacks: Dict[str, Callback] = {"changes": ChangesBatch()} if changed else {}
+    trainer = build(folder, config, {**callbacks, "seen": seen})
+    for name, callback in needed_callbacks(module_of(trainer).optim).items():
+        trainer.add_callback(name, callback)
     named = module_of(trainer).model.named_parameters()
     start = {name: whole(param) for name, param in named}
     trainer.fit()
-    want, plain = (by_hand(start, every, adaptive) for every in (interval, STEPS))
+    want, plain = (by_hand(start, every, adaptive, changed) for every in (interval, STEPS))
     return {
         "steps": len(seen.grads),
         "restored": all(seen.restored),
@@ -317,6 +337,7 @@ def main(folder: Path) -> None:
     found = {
         "sam": sam(folder / "sam", interval=1, adaptive=False),
         "asam": sam(folder / "asam", interval=3, adaptive=True),
+        "changed batch": sam(folder / "changed", interval=2, adaptive=False, changed=True),
         "plain": sam_is_plain(folder / "plain"),
         "schedule_free": schedule_free(folder / "free"),
     }

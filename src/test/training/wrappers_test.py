@@ -8,12 +8,18 @@ from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
+import torch
 import torch.nn as nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import ConstantWithWarmup, InvSqrtWithWarmup, LinearWithWarmup, Scheduler
 
 from olmo_optim_ext import AdamWConfig, SAMConfig
-from olmo_optim_ext.training import AveragingCallback, SAMCallback, check_never_decays
+from olmo_optim_ext.training import (
+    AveragingCallback,
+    SAMCallback,
+    check_never_decays,
+    sharpness,
+)
 
 from ..ranks import run_on_ranks
 from .wrapper_worker import STEPS
@@ -31,7 +37,7 @@ def found(request, tmp_path_factory) -> Found:
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(request.param)]
 
 
-@pytest.mark.parametrize("name", ["sam", "asam"])
+@pytest.mark.parametrize("name", ["sam", "asam", "changed batch"])
 def test_the_gradients_of_the_second_pass_are_those_of_a_loop_by_hand(name, found):
     for rank in found:
         assert rank[name]["steps"] == STEPS
@@ -87,6 +93,30 @@ def test_schedules_are_known_by_what_they_do(scheduler: Scheduler):
     check_never_decays(ConstantWithWarmup(warmup=30), 0.1, 100, "scheduler")
     with pytest.raises(OLMoConfigurationError, match="scheduler: .* lowers .* allowed"):
         check_never_decays(scheduler, 0.1, 100, "scheduler")
+
+
+def test_a_second_pass_that_fails_leaves_the_weights_as_they_were(monkeypatch):
+    model = nn.Linear(3, 2)
+    optim = SAMConfig().build(model)
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    moved: List[bool] = []
+
+    def fails(module: Any, batch: Dict[str, Any]) -> None:
+        del module, batch
+        moved.extend(not param.equal(start[name]) for name, param in model.named_parameters())
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sharpness, "backward_again", fails)
+    monkeypatch.setattr(sharpness, "transformer_of", lambda module, owner: module)
+    callback, module = SAMCallback(), SimpleNamespace(optim=optim, zero_grads=optim.zero_grad)
+    callback.trainer = SimpleNamespace(train_module=module)  # type: ignore[assignment]
+    callback.pre_step({})
+    model(torch.ones(3)).sum().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        callback.pre_optim_step()
+    assert moved == [True, True]
+    assert all(param.equal(start[name]) for name, param in model.named_parameters())
+    optim.state_dict()
 
 
 @pytest.mark.parametrize(
