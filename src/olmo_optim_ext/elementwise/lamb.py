@@ -125,7 +125,10 @@ class LambConfig(ExtOptimConfig[Lamb]):
     """
 
     lr: float = 1e-3
-    """Learning rate, >= 0: how much of its norm a parameter moves in a step."""
+    """
+    Learning rate, >= 0: how much of its norm a parameter moves in a step, where it adapts; else
+    Adam's.
+    """
 
     betas: Tuple[float, ...] = (0.9, 0.999)
     """Decay of the first and of the second moment, two numbers in [0, 1)."""

@@ -112,11 +112,14 @@ class Lars(ElementwiseOptimizer):
 @dataclass
 class LarsConfig(ExtOptimConfig[Lars]):
     """
-    Config of :class:`Lars`. Defaults are those of timm.
+    Config of :class:`Lars`. Defaults are those of timm, but for the momentum, which is 0 there.
     """
 
     lr: float = 1.0
-    """Learning rate, >= 0. A step of size ``lr * trust_coefficient`` times the parameter's norm."""
+    """
+    Learning rate, >= 0. Parameters that adapt move by ``lr * trust_coefficient`` times their norm;
+    others, and all without weight decay unless :data:`always_adapt`, follow SGD with this rate.
+    """
 
     momentum: float = 0.9
     """Decay of the momentum, in [0, 1)."""

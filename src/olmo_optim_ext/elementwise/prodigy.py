@@ -35,7 +35,7 @@ PROGRESS = "prodigy"
 """State key of ``d``, the largest ``d``, the sum of ``<g, p_0 - p>`` and the updates so far."""
 
 # Keys of the groups that are given to the functions below, beside the hyperparameters.
-_D, _D_STEP, _D_NEXT = "d", "d_step", "d_next"
+_D, _D_STEP, _D_NEXT, _RUNS = "d", "d_step", "d_next", "runs"
 
 
 def prodigy_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
@@ -45,18 +45,20 @@ def prodigy_decay(group: Mapping[str, Any], step: torch.Tensor) -> Scalar:
 def prodigy_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:
     """
     Whether this is the parameter's first update; the weight of ``g`` in ``s``, the decay of ``s``;
-    ``d lr``, ``d_next eps``, and the betas with ``d`` and ``d^2`` as factors of new gradients.
+    ``d lr``, ``d_next eps``, and the betas with ``d`` and ``d^2`` as factors of new gradients. With
+    a learning rate of 0 all that is kept stays as it is.
     """
-    d, (beta1, beta2) = group[_D], group["betas"]
-    relative = d / group["d0"]
+    d, runs, (beta1, beta2) = group[_D], group[_RUNS], group["betas"]
+    relative = runs * d / group["d0"]
     of_grad = relative * (d if group["safeguard_warmup"] else group[_D_STEP])
+    kept = [beta * runs + (1 - runs) for beta in (slow_beta(group), beta1, beta2)]
     return (
         first_or(step, 1.0, 0.0),
         of_grad,
-        slow_beta(group),
+        kept[0],
         group[_D_STEP],
         group[_D_NEXT] * group["eps"],
-        *(beta1, d * (1 - beta1), beta2, d * d * (1 - beta2)),
+        *(kept[1], runs * d * (1 - beta1), kept[2], runs * d * d * (1 - beta2)),
     )
 
 
@@ -93,6 +95,8 @@ def prodigy(
     """
     ``m <- b1 m + (1 - b1) d g``, ``v <- b2 v + (1 - b2) d^2 g^2``,
     ``s <- b3 s + d / d_0 * d lr * g``, ``p <- (1 - d lr wd) p - d lr m / (sqrt(v) + d_next eps)``.
+    With ``use_bias_correction`` ``lr`` has Adam's corrections; with ``safeguard_warmup`` ``s`` is
+    without ``lr``.
     """
     first, of_grad, beta3, step_size, eps, *betas = scalars.unbind()
     exp_avg, exp_avg_sq = adam_moments(grad, exp_avg, exp_avg_sq, betas)
@@ -181,11 +185,12 @@ class Prodigy(ElementwiseOptimizer):
         d_max = torch.where(fresh, group["d0"], saved_max)
         step_size = d * group["lr"] * _correction(group, updates + 1)
 
-        known = _with(work, {_D: d, _D_STEP: step_size, _D_NEXT: d})
+        runs = (step_size > 0).to(d)
+        known = _with(work, {_D: d, _D_STEP: step_size, _D_NEXT: d, _RUNS: runs})
         inner, size = sum_over_model(self.rule, _PROGRESS_SUMS, known, self._compile).unbind()
         numerator = slow_beta(group) * numerator + d / group["d0"] * step_size * inner
-        # As long as all gradients are zero nothing is known and nothing moves.
-        moves = size > 0
+        # With a rate of 0, and as long as all gradients are zero, nothing moves.
+        moves = (size > 0) & (runs > 0)
         estimate = group["d_coef"] * numerator / torch.where(moves, size, 1.0)
         d_next = torch.where(d == group["d0"], torch.maximum(d, estimate), d)
         d_max = torch.maximum(d_max, estimate)
@@ -197,7 +202,7 @@ class Prodigy(ElementwiseOptimizer):
         moving = torch.where(moves, step_size, 0.0)
         apply_rule(
             self.rule,
-            _with(work, {_D: d, _D_STEP: moving, _D_NEXT: d_next}),
+            _with(work, {_D: d, _D_STEP: moving, _D_NEXT: d_next, _RUNS: runs}),
             *(self._names, self._compile, self._seed),
         )
         write_state([state], [new], proceed, None)

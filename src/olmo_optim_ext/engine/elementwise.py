@@ -22,6 +22,7 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -48,10 +49,13 @@ __all__ = [
     "decoupled_decay",
     "first_or",
     "forget_compiled",
+    "kept_compiled",
     "no_decay",
     "scalars_of",
     "sum_over_model",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 Scalar = Union[float, torch.Tensor]
 """A host number, or a tensor of shape ``(n,)`` with a value for each parameter of the group."""
@@ -477,6 +481,16 @@ def _example(call: _Call, n: int) -> _Call:
     )
 
 
+_KEPT: List[Any] = []
+
+
+def kept_compiled(make: F) -> F:
+    """Of a function that compiles another: keeps what it made, until :func:`forget_compiled`."""
+    made: Any = lru_cache(maxsize=None)(make)
+    _KEPT.append(made)
+    return made
+
+
 @dataclass
 class _Compiled:
     function: Callable[..., Any]
@@ -484,7 +498,7 @@ class _Compiled:
     """By what it was compiled for: calls that fill up a batch."""
 
 
-@lru_cache(maxsize=None)
+@kept_compiled
 def _compiled(rule: ElementwiseRule, sums: Optional[WholeSums]) -> _Compiled:
     what = "update" if sums is None else "sum_and_update"
     return _Compiled(compile_rule(_update_batch, f"{rule.update.__name__}_{what}"), {})
@@ -495,11 +509,11 @@ def forget_compiled() -> None:
     Compile all rules anew when they are next used. Belongs to :func:`torch._dynamo.reset`, after
     which equal lengths would be taken for the same.
     """
-    _compiled.cache_clear()
-    _compiled_sums.cache_clear()
+    for made in _KEPT:
+        made.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@kept_compiled
 def _compiled_sums(sums: WholeSums) -> Callable[..., Any]:
     return compile_rule(_local_sums, f"{sums.of.__name__}_sums")
 

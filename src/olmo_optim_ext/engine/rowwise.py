@@ -9,7 +9,7 @@ ranks, which all keep them.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -26,11 +26,12 @@ from .elementwise import (
     compile_rule,
     decay_form,
     decoupled_decay,
+    kept_compiled,
     scalars_of,
 )
 from .layout import Block, MatrixLayout
 from .placement import add_over_shards, local_ranges
-from .write import CHUNK, Rounding, rounding_of, write_state, write_weights
+from .write import Rounding, chunk_size, rounding_of, write_state, write_weights
 
 __all__ = ["RowLayout", "RowMatrix", "RowSums", "RowwiseOptimizer"]
 
@@ -145,11 +146,8 @@ class _Job(NamedTuple):
     work: GroupWork
     scalars: torch.Tensor
     """Those of the engine, and the rule's."""
-
-    @property
-    def tensors(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The local parts of the parameter and of its gradient."""
-        return get_local_tensor(self.member.param), self.member.grad.contiguous()
+    tensors: Tuple[torch.Tensor, torch.Tensor]
+    """The local parts of the parameter and of its gradient."""
 
 
 class RowwiseOptimizer(ExtOptimizer):
@@ -237,7 +235,10 @@ class RowwiseOptimizer(ExtOptimizer):
 
     def update(self, work: Sequence[GroupWork]) -> None:
         jobs = [
-            _Job(member, self._plans[member.param], each, scalars)
+            _Job(
+                *(member, self._plans[member.param], each, scalars),
+                (get_local_tensor(member.param), member.grad.contiguous()),
+            )
             for each in work
             for member, scalars in zip(
                 each.members, scalars_of(each, self.scalars, decoupled_decay)
@@ -304,7 +305,7 @@ class RowwiseOptimizer(ExtOptimizer):
         if not parts:
             empty = job.member.grad.new_zeros(1, 1)
             args = (empty, empty, empty, empty, job.scalars)
-            parts = [0 * _whole_sum(self.whole_sum, False, *args)]
+            parts = [torch.zeros_like(_whole_sum(self.whole_sum, False, *args))]
         return torch.stack(parts).sum(0)
 
     def _extended(self, job: _Job, totals: torch.Tensor) -> torch.Tensor:
@@ -336,21 +337,20 @@ class RowwiseOptimizer(ExtOptimizer):
     def _chunks(self, x: torch.Tensor) -> List[Tuple[int, int]]:
         """First and last row of what an eager rule takes at a time."""
         n_rows, n_cols = x.shape
-        size = n_rows
-        if x.device.type == "cpu" and not self._compile:
-            size = max(1, CHUNK // max(n_cols, 1))
+        size = n_rows if self._compile else max(1, chunk_size(x.device) // max(n_cols, 1))
         return [(begin, min(begin + size, n_rows)) for begin in range(0, n_rows, max(size, 1))]
 
     def _kernel(self, function: Callable[..., Any], x: torch.Tensor) -> Callable[..., Any]:
         # dynamo makes kernels of their own for lengths of 1; vectors are not worth them.
         if not self._compile or min(x.shape) == 1:
             return function
-        return _compiled(function, type(self).__name__)
+        return _compiled(function, type(self).__name__, x.is_contiguous(), x.dtype)
 
 
-@lru_cache(maxsize=None)
-def _compiled(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    return compile_rule(function, f"{name}{function.__name__}")
+@kept_compiled
+def _compiled(function: Callable[..., Any], *kind: Any) -> Callable[..., Any]:
+    # A code object of its own for each kind: dynamo counts the kernels of each.
+    return compile_rule(function, f"{kind[0]}{function.__name__}")
 
 
 def _squares(

@@ -149,7 +149,7 @@ _COUPLED: Dict[str, Any] = {"decoupled_weight_decay": False}
 _SGD: Dict[str, Any] = dict(lr=0.05, momentum=0.8, weight_decay=0.1)
 _DAMPENED: Dict[str, Any] = {**_SGD, "dampening": 0.3}
 _NESTEROV: Dict[str, Any] = {**_SGD, "nesterov": True}
-_PLAIN: Dict[str, Any] = {**_SGD, "momentum": 0.0}
+_PLAIN: Dict[str, Any] = {**_SGD, "momentum": 0.0, "dampening": 0.3}
 
 _ADAGRAD: Dict[str, Any] = dict(lr=0.1, eps=1e-6, weight_decay=0.1)
 _ADAGRAD_DECAYING: Dict[str, Any] = {
@@ -333,6 +333,7 @@ CASES: Dict[str, Case] = {
             *_BAD,
             *_BAD_EPS,
             *_BAD_KIND,
+            {"eps": 0.0},
             {"beta2_decay": 0.5},
             {"beta2_decay": math.nan},
             {"param_rms_eps": -1e-3},

@@ -154,7 +154,7 @@ _LARS_FORMS: List[Dict[str, Any]] = [
     {},
     {"nesterov": True},
     {"dampening": 0.3},
-    {"momentum": 0.0, "lr": 4.0},
+    {"momentum": 0.0, "dampening": 0.3, "lr": 4.0},
     {"weight_decay": 0.0},
     {"weight_decay": 0.0, "always_adapt": True},
 ]

@@ -314,7 +314,13 @@ CASES: Dict[str, Case] = {
                 2e-6,
             )
         ],
-        bad_fields=[*_BAD, *_BAD_PAIR, {"decoupled_weight_decay": "no"}, {"clip_exp": -0.25}],
+        bad_fields=[
+            {"eps": 0.0},
+            *_BAD,
+            *_BAD_PAIR,
+            {"decoupled_weight_decay": "no"},
+            {"clip_exp": -0.25},
+        ],
         bitwise=True,
         fast_lr=0.1,
         state_bytes={"": 8},
