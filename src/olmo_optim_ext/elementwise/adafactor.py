@@ -15,7 +15,8 @@ from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import Scalar
 from ..engine.hyperparameters import POSITIVE
-from ..engine.rowwise import Numbers, RowLayout, RowMatrix, RowSums, RowwiseOptimizer
+from ..engine.row_plan import RowLayout, RowMatrix, RowSums
+from ..engine.rowwise import Numbers, RowwiseOptimizer
 
 __all__ = ["Adafactor", "AdafactorConfig"]
 

@@ -18,7 +18,8 @@ from ..engine.base import EngineOptions
 from ..engine.elementwise import Scalar
 from ..engine.layout import MatrixLayout
 from ..engine.roles import ParamRole
-from ..engine.rowwise import Numbers, RowLayout, RowMatrix, RowSums, RowwiseOptimizer
+from ..engine.row_plan import RowLayout, RowMatrix, RowSums
+from ..engine.rowwise import Numbers, RowwiseOptimizer
 from .moments import adam_scalars
 
 __all__ = ["AdamMini", "AdamMiniConfig"]
