@@ -14,14 +14,13 @@ import torch.nn as nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import SkipStepAdamWConfig
 
-from olmo_optim_ext import AdamWConfig, list_optimizers
+from olmo_optim_ext import AdamWConfig
 from olmo_optim_ext.training import BadBatchCallback
 
 from ..ranks import run_on_ranks
-from .bad_batch_worker import BAD_STEPS, SAVE_AT, STEPS
+from .bad_batch_worker import BAD_STEPS, NAMES, SAVE_AT, STEPS
 
 WORKER = Path(__file__).with_name("bad_batch_worker.py")
-NAMES = list_optimizers()
 WORLD_SIZES = [1, 2]
 LOSS, NOT_FINITE, SKIPPED = "train/CE loss", "train/CE loss not finite", "optim/step skipped"
 GOOD_STEPS = [step for step in range(1, STEPS + 1) if step not in BAD_STEPS]
