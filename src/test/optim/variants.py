@@ -88,10 +88,11 @@ def _variants() -> List[Variant]:
     for name, case in CASES.items():
         config, bitwise = case.config, case.bitwise
         rounded = replace(config, state_dtype=DType.bfloat16)
-        out += [
-            Variant(name, MixedShapes, config, bitwise, routes_of(name), runs_everywhere(name)),
-            Variant(f"{name}_bfloat16_state", MixedShapes, rounded, bitwise, everywhere=False),
-        ]
+        routes = routes_of(name)
+        out.append(Variant(name, MixedShapes, config, bitwise, routes, runs_everywhere(name)))
+        if routes != ONE_ROUTE:
+            rounding = f"{name}_bfloat16_state"
+            out.append(Variant(rounding, MixedShapes, rounded, bitwise, everywhere=False))
         if depends_on_layout(name):
             everywhere = name in ONE_OF_A_LOOP
             experts = Variant(f"{name}_experts", ExpertShapes, config, bitwise, (), everywhere)
