@@ -55,8 +55,9 @@ class OptimizerInfo:
 
     needs: Tuple[str, ...] = ()
     """
-    What must drive it beside gradients: ``second_pass``, the gradient of the batch at weights that
-    it has moved; ``eval_swap``, other weights for evaluation.
+    What must drive it beside gradients: ``hessian``, estimates of the Hessian's diagonal;
+    ``second_pass``, the gradient of the batch at weights that it has moved; ``eval_swap``, other
+    weights for evaluation. An option may need more, as ``exact`` of ``mars`` does.
     """
 
     presets: Tuple[Preset, ...] = ()

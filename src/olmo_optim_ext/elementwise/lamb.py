@@ -20,7 +20,7 @@ from ..engine.elementwise import (
     bias_correction,
     no_decay,
 )
-from .moments import MOMENTS, adam_moments, adapts, ratio_of_norms
+from .moments import MOMENTS, adam_moments, adapts
 
 __all__ = ["Lamb", "LambConfig"]
 
@@ -67,9 +67,10 @@ def sums_of_squares(
 def trust_ratio(
     sums: Sequence[torch.Tensor], numel: Scalar, scalars: Sequence[torch.Tensor]
 ) -> Tuple[torch.Tensor, ...]:
-    """``||p|| / ||r||``, 1 where either is 0."""
+    """``||p|| / ||r||``, 1 where either is 0 or the parameter does not adapt."""
     of_param, of_direction = sums
-    return (ratio_of_norms(of_param, of_direction, scalars[1]),)
+    one = (of_param == 0) | (of_direction == 0) | (scalars[1] == 0)
+    return (torch.where(one, 1.0, of_param.sqrt() / of_direction.sqrt()),)
 
 
 def lamb(

@@ -1,5 +1,5 @@
 """
-What rules with Adam's two moments share, those with one momentum, and those with ratios of norms.
+What rules with Adam's two moments share, those with one momentum, and those that may adapt.
 """
 
 from typing import Any, Mapping, Sequence, Tuple
@@ -18,7 +18,6 @@ __all__ = [
     "adapts",
     "heavy_ball",
     "heavy_ball_scalars",
-    "ratio_of_norms",
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -98,13 +97,3 @@ def heavy_ball(
 def adapts(group: Mapping[str, Any]) -> float:
     """1 if parameters of the group have a ratio of norms, 0 if theirs is 1."""
     return float(group["weight_decay"] != 0 or group["always_adapt"])
-
-
-def ratio_of_norms(of: torch.Tensor, by: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
-    """
-    ``sqrt(of / by)``, 1 where either is 0 or ``adapted`` is.
-
-    :param of: A sum of squares, like ``by``.
-    """
-    one = (of == 0) | (by == 0) | (adapted == 0)
-    return torch.where(one, 1.0, of.sqrt() / by.sqrt())

@@ -15,8 +15,12 @@ from olmo_core.exceptions import OLMoConfigurationError
 from .gate import CAPACITY
 
 __all__ = [
+    "INSIDE",
+    "NATURAL",
     "NON_NEGATIVE",
     "POSITIVE",
+    "POSITIVE_INT",
+    "SHARE",
     "THREE_BETAS",
     "Allowed",
     "check_hyperparameters",
@@ -86,11 +90,14 @@ def _seed(value: Any) -> bool:
 NON_NEGATIVE: Allowed = (_non_negative, "a finite number >= 0")
 THREE_BETAS: Allowed = (lambda value: _fractions(value, 3), "three numbers in [0, 1)")
 POSITIVE: Allowed = (_positive, "a finite number > 0")
+POSITIVE_INT: Allowed = (_positive_int, "an integer >= 1")
+NATURAL: Allowed = (_natural, "an integer >= 0")
+SHARE: Allowed = (_share, "a number in (0, 1]")
+INSIDE: Allowed = (lambda value: _share(value) and value < 1, "a number in (0, 1)")
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _DTYPE = (_float32_or_bfloat16, "float32 or bfloat16")
 _BETAS = (lambda value: _fractions(value, 2), "two numbers in [0, 1)")
 _FRACTION = (_fraction, "a number in [0, 1)")
-_POSITIVE_INT = (_positive_int, "an integer >= 1")
 
 _ALLOWED: Dict[str, Allowed] = {
     "lr": _LEARNING_RATE,
@@ -105,40 +112,40 @@ _ALLOWED: Dict[str, Allowed] = {
     "momentum": _FRACTION,
     "momentum_decay": NON_NEGATIVE,
     "beta2": _FRACTION,
-    "rank_fraction": (_share, "a number in (0, 1]"),
-    "rank_multiple_of": _POSITIVE_INT,
+    "rank_fraction": SHARE,
+    "rank_multiple_of": POSITIVE_INT,
     "basis_eps": POSITIVE,
     "row_eps": POSITIVE,
-    "polar_steps": _POSITIVE_INT,
+    "polar_steps": POSITIVE_INT,
     "polar_dtype": _DTYPE,
     "rolling_interval_length": (_window, f"an integer from 2 to {CAPACITY}"),
     "sigma_factor": POSITIVE,
     "state_dtype": _DTYPE,
     "shampoo_beta": _FRACTION,
-    "precondition_frequency": _POSITIVE_INT,
-    "max_precond_dim": _POSITIVE_INT,
-    "block_size": _POSITIVE_INT,
-    "precond_lr": (_share, "a number in (0, 1]"),
+    "precondition_frequency": POSITIVE_INT,
+    "max_precond_dim": POSITIVE_INT,
+    "block_size": POSITIVE_INT,
+    "precond_lr": SHARE,
     "precond_init_scale": POSITIVE,
-    "precond_update_prob_max": (_share, "a number in (0, 1]"),
-    "precond_update_prob_min": (_share, "a number in (0, 1]"),
+    "precond_update_prob_max": SHARE,
+    "precond_update_prob_min": SHARE,
     "precond_update_prob_decay": NON_NEGATIVE,
-    "precond_update_prob_flat_start": (_natural, "an integer >= 0"),
+    "precond_update_prob_flat_start": NATURAL,
     "balance_prob": (_damping, "a number in [0, 1]"),
-    "max_size_triangular": _POSITIVE_INT,
-    "min_ndim_triangular": _POSITIVE_INT,
+    "max_size_triangular": POSITIVE_INT,
+    "min_ndim_triangular": POSITIVE_INT,
     "seed": (_seed, "an integer from 0 to 2^63 - 1"),
     "mask_eps": POSITIVE,
     "alpha": POSITIVE,
     "alpha_end": POSITIVE,
-    "anneal_steps": _POSITIVE_INT,
-    "start_step": (_natural, "an integer >= 0"),
-    "rank_threshold": (_share, "a number in (0, 1]"),
-    "rank_interval": _POSITIVE_INT,
-    "ns_reorthogonalize_steps": (_natural, "an integer >= 0"),
+    "anneal_steps": POSITIVE_INT,
+    "start_step": NATURAL,
+    "rank_threshold": SHARE,
+    "rank_interval": POSITIVE_INT,
+    "ns_reorthogonalize_steps": NATURAL,
     "scale": (_damping, "a number in [0, 1]"),
     "radius": POSITIVE,
-    "fan_in": _POSITIVE_INT,
+    "fan_in": POSITIVE_INT,
     "spectral_scale": POSITIVE,
     "sign_scale": POSITIVE,
     "bias_rms_scale": POSITIVE,
@@ -148,8 +155,8 @@ _ALLOWED: Dict[str, Allowed] = {
     "lr_decay": NON_NEGATIVE,
     "initial_accumulator_value": NON_NEGATIVE,
     "clip_exp": NON_NEGATIVE,
-    "alpha_warmup": _POSITIVE_INT,
-    "beta3_warmup": _POSITIVE_INT,
+    "alpha_warmup": POSITIVE_INT,
+    "beta3_warmup": POSITIVE_INT,
     "trust_coefficient": POSITIVE,
     "adaptation_strength": NON_NEGATIVE,
     "gamma": NON_NEGATIVE,
@@ -164,9 +171,9 @@ _ALLOWED: Dict[str, Allowed] = {
     "param_rms_eps": NON_NEGATIVE,
     "clip_threshold": POSITIVE,
     "rho": POSITIVE,
-    "batch_tokens": _POSITIVE_INT,
-    "hessian_update_interval": _POSITIVE_INT,
-    "hessian_batch_fraction": (_share, "a number in (0, 1]"),
+    "batch_tokens": POSITIVE_INT,
+    "hessian_update_interval": POSITIVE_INT,
+    "hessian_batch_fraction": SHARE,
     "hutchinson_epsilon": POSITIVE,
 }
 

@@ -15,6 +15,7 @@ from olmo_core.train.callbacks import Callback, EvaluatorCallback
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ..wrappers.schedule_free import ScheduleFree
+from .attached import optimizer_of
 from .passes import forget_whole_parameters
 
 __all__ = ["AveragingCallback", "averaged", "check_never_decays", "export_averaged"]
@@ -102,13 +103,8 @@ class AveragingCallback(Callback):
 
     @property
     def _optim(self) -> ScheduleFree:
-        optim = getattr(self.trainer.train_module, "optim", None)
-        if not isinstance(optim, ScheduleFree):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: the optimizer is a {type(optim).__name__}, allowed is "
-                "schedule_free"
-            )
-        return optim
+        owner = type(self).__name__
+        return optimizer_of(self.trainer.train_module, ScheduleFree, "is schedule_free", owner)
 
     def _check_scheduler(self) -> None:
         group = self._optim.param_groups[0]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.common import TRAIN_CE_LOSS_METRIC, MetricMergeStrategy
 
 from ..engine.base import ExtOptimizer
+from .attached import optimizer_of
 
 __all__ = ["LOSS_NOT_FINITE_METRIC", "BadBatchCallback"]
 
@@ -62,12 +62,5 @@ class BadBatchCallback(Callback):
         self.trainer.record_metric(LOSS_NOT_FINITE_METRIC, bad.float())
 
     def _optimizer(self) -> ExtOptimizer:
-        # A train module for pipelines has several.
-        module = self.trainer.train_module
-        optim = getattr(module, "optim", None)
-        if not isinstance(optim, ExtOptimizer):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: 'optim' of the {type(module).__name__} is a "
-                f"{type(optim).__name__}, allowed are optimizers of olmo_optim_ext"
-            )
-        return optim
+        allowed = "are optimizers of olmo_optim_ext"
+        return optimizer_of(self.trainer.train_module, ExtOptimizer, allowed, type(self).__name__)

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from olmo_core.data.utils import get_labels, split_batch
 from olmo_core.distributed.utils import get_local_tensor, get_rank, get_world_size
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.functional import cross_entropy_loss
 from olmo_core.nn.lm_head import LMHead, LMOutputWithLoss
 from olmo_core.nn.moe.router import MoERouter
@@ -28,7 +27,8 @@ from olmo_core.utils import move_to_device
 from ..elementwise.sophia import HessianEstimator, Sophia
 from ..engine.placement import element_index
 from ..engine.random import random_bits, stream
-from .passes import backward_again, gradients_apart, transformer_of
+from .attached import optimizer_of, transformer_of
+from .passes import backward_again, gradients_apart
 
 __all__ = ["CLIPPED_METRIC", "HESSIAN_SHARE_METRIC", "SophiaCallback", "estimate_hessian"]
 
@@ -98,13 +98,9 @@ class SophiaCallback(Callback):
         return not self._has_hessian
 
     def _parts(self) -> Tuple[TransformerTrainModule, Sophia]:
-        module = transformer_of(self.trainer.train_module, type(self).__name__)
-        if not isinstance(module.optim, Sophia):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: 'optim' of the train module is a "
-                f"{type(module.optim).__name__}, allowed is Sophia of olmo_optim_ext"
-            )
-        return module, module.optim
+        owner = type(self).__name__
+        module = transformer_of(self.trainer.train_module, owner)
+        return module, optimizer_of(module, Sophia, "is Sophia of olmo_optim_ext", owner)
 
 
 def estimate_hessian(

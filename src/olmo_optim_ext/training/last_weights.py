@@ -11,7 +11,8 @@ from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
 
 from ..elementwise.mars import Mars
-from .passes import backward_again, gradients_apart, transformer_of
+from .attached import optimizer_of, transformer_of
+from .passes import backward_again, gradients_apart
 
 __all__ = ["LastWeightsCallback"]
 
@@ -47,11 +48,9 @@ class LastWeightsCallback(Callback):
             optim.keep_last_gradients()
 
     def _parts(self) -> Tuple[TransformerTrainModule, Mars]:
-        module = transformer_of(self.trainer.train_module, type(self).__name__)
-        optim = module.optim
-        if not isinstance(optim, Mars) or not optim.exact:
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: the optimizer is a {type(optim).__name__}, allowed is "
-                "mars with exact: true"
-            )
+        owner, allowed = type(self).__name__, "is mars with exact: true"
+        module = transformer_of(self.trainer.train_module, owner)
+        optim = optimizer_of(module, Mars, allowed, owner)
+        if not optim.exact:
+            raise OLMoConfigurationError(f"{owner}: 'exact' of mars is False, allowed {allowed}")
         return module, optim

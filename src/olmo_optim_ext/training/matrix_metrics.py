@@ -17,6 +17,7 @@ from ..engine.base import CALLS
 from ..engine.matrix_base import MatrixBase
 from ..engine.roles import classify
 from ..matrix.reports import to_numbers
+from .attached import optimizer_of
 
 __all__ = ["MatrixMetricsCallback", "matrix_metric"]
 
@@ -119,16 +120,8 @@ class MatrixMetricsCallback(Callback):
             self.trainer.record_metric(matrix_metric(measure, of), value)
 
     def _optimizer(self) -> MatrixBase:
-        # A train module for pipelines has several.
-        module = self.trainer.train_module
-        optim = getattr(module, "optim", None)
-        if not isinstance(optim, MatrixBase):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: 'optim' of the {type(module).__name__} is a "
-                f"{type(optim).__name__}, allowed are optimizers of olmo_optim_ext with a rule for "
-                "matrices"
-            )
-        return optim
+        allowed = "are optimizers of olmo_optim_ext with a rule for matrices"
+        return optimizer_of(self.trainer.train_module, MatrixBase, allowed, type(self).__name__)
 
 
 def _evaluate(

@@ -10,27 +10,10 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator
 
 import torch.nn as nn
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.train_module import TransformerTrainModule
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["backward_again", "forget_whole_parameters", "gradients_apart", "transformer_of"]
-
-
-def transformer_of(train_module: Any, owner: str) -> TransformerTrainModule:
-    """
-    The train module, if it is one that can make further passes.
-
-    :param owner: What needs them, for the message.
-
-    :raises OLMoConfigurationError: If it is for pipelines, or steps with an optimizer of its own.
-    """
-    if not isinstance(train_module, TransformerTrainModule):
-        raise OLMoConfigurationError(
-            f"{owner}: the train module is a {type(train_module).__name__}, allowed is "
-            "TransformerTrainModule"
-        )
-    return train_module
+__all__ = ["backward_again", "forget_whole_parameters", "gradients_apart"]
 
 
 def forget_whole_parameters(model: nn.Module) -> None:

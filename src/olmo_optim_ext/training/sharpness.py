@@ -5,11 +5,11 @@ The second pass of sharpness-aware minimisation, in OLMo-core's training loop.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Dict, Optional
 
-from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.train.callbacks import Callback
 
 from ..wrappers.sam import SAM
-from .passes import backward_again, transformer_of
+from .attached import optimizer_of, transformer_of
+from .passes import backward_again
 
 __all__ = ["SAMCallback"]
 
@@ -57,9 +57,4 @@ class SAMCallback(Callback):
             optim.unperturb()
 
     def _optimizer(self) -> SAM:
-        optim = getattr(self.trainer.train_module, "optim", None)
-        if not isinstance(optim, SAM):
-            raise OLMoConfigurationError(
-                f"{type(self).__name__}: the optimizer is a {type(optim).__name__}, allowed is sam"
-            )
-        return optim
+        return optimizer_of(self.trainer.train_module, SAM, "is sam", type(self).__name__)

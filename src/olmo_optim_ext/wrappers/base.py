@@ -4,13 +4,11 @@ that groups, gate, meshes and checkpoints are those of the optimizer inside.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import (
     Any,
-    Callable,
     ClassVar,
     Dict,
     Iterable,
@@ -33,7 +31,7 @@ from ..engine.hyperparameters import Allowed, check_hyperparameters
 from ..engine.roles import ParamRole
 from ..engine.write import chunks
 
-__all__ = ["Wrapper", "WrapperConfig", "gated", "integer", "number", "some_at_a_time", "wrapped"]
+__all__ = ["Wrapper", "WrapperConfig", "gated", "some_at_a_time", "wrapped"]
 
 PREFIX = "wrapper_"
 """With which the names of a wrapper's options begin in the parameter groups."""
@@ -115,25 +113,6 @@ def wrapped(wrapper: Type[Wrapper], inner: Type[ExtOptimizer]) -> Type[ExtOptimi
         name = f"{wrapper.__name__}{inner.__name__}"
         _WRAPPED[wrapper, inner] = type(name, (wrapper, inner), members)
     return _WRAPPED[wrapper, inner]
-
-
-def number(holds: Callable[[float], bool], allowed: str) -> Allowed:
-    """What is allowed of a number: see :data:`Wrapper.own_allowed`."""
-
-    def is_allowed(value: Any) -> bool:
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return plain and math.isfinite(value) and holds(value)
-
-    return is_allowed, allowed
-
-
-def integer(least: int) -> Allowed:
-    """What is allowed of an integer: see :data:`Wrapper.own_allowed`."""
-
-    def is_allowed(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-    return is_allowed, f"an integer >= {least}"
 
 
 def gated(condition: torch.Tensor, work: GroupWork) -> torch.Tensor:

@@ -11,7 +11,8 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.optim import OptimConfig
 
 from ..engine.base import GroupWork
-from .base import Wrapper, WrapperConfig, gated, integer, number, some_at_a_time
+from ..engine.hyperparameters import POSITIVE_INT, SHARE
+from .base import Wrapper, WrapperConfig, gated, some_at_a_time
 
 __all__ = ["Lookahead", "LookaheadConfig"]
 
@@ -28,7 +29,7 @@ class Lookahead(Wrapper):
 
     own_buffers = ("slow",)
     exact_buffers = frozenset(own_buffers)
-    own_allowed = {"k": integer(1), "alpha": number(lambda x: 0 < x <= 1, "a number in (0, 1]")}
+    own_allowed = {"k": POSITIVE_INT, "alpha": SHARE}
 
     def __init__(self, params: Any, k: int = 5, alpha: float = 0.5, **options: Any):
         super().__init__(params, {"k": k, "alpha": alpha}, **options)

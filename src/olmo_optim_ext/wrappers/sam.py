@@ -13,9 +13,9 @@ from olmo_core.optim import OptimConfig
 
 from ..elementwise.mars import MarsConfig
 from ..engine.base import CALLS, Member
-from ..engine.hyperparameters import NON_NEGATIVE, to_flag
+from ..engine.hyperparameters import NON_NEGATIVE, POSITIVE_INT, to_flag
 from ..engine.placement import sum_over_shards
-from .base import Wrapper, WrapperConfig, integer, some_at_a_time
+from .base import Wrapper, WrapperConfig, some_at_a_time
 
 __all__ = ["SAM", "SAMConfig"]
 
@@ -40,7 +40,7 @@ class SAM(Wrapper):
     of them. There is no host-device sync.
     """
 
-    own_allowed = {"rho": NON_NEGATIVE, "interval": integer(1)}
+    own_allowed = {"rho": NON_NEGATIVE, "interval": POSITIVE_INT}
 
     def __init__(
         self,

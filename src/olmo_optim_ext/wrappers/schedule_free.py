@@ -13,9 +13,9 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 
 from ..engine.base import STEP, GroupWork
-from ..engine.hyperparameters import NON_NEGATIVE
+from ..engine.hyperparameters import INSIDE, NATURAL, NON_NEGATIVE
 from ..engine.write import write
-from .base import PREFIX, Wrapper, WrapperConfig, integer, number, some_at_a_time
+from .base import PREFIX, Wrapper, WrapperConfig, some_at_a_time
 
 __all__ = ["ScheduleFree", "ScheduleFreeConfig"]
 
@@ -47,8 +47,8 @@ class ScheduleFree(Wrapper):
     own_buffers = ("z",)
     exact_buffers = frozenset(own_buffers)
     own_allowed = {
-        "momentum": number(lambda x: 0 < x < 1, "a number in (0, 1)"),
-        "warmup_steps": integer(0),
+        "momentum": INSIDE,
+        "warmup_steps": NATURAL,
         "weight_lr_power": NON_NEGATIVE,
         "r": NON_NEGATIVE,
     }

@@ -3,6 +3,7 @@ What each rank of the tests of a long run does, as a script under torchrun: a th
 mesh, from a checkpoint and to one.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from .reshard_test import CONFIGS, WAYS
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # each load of a checkpoint collects garbage
     dist.init_process_group("gloo")
     for name, config in CONFIGS.items():
         for way, labels in WAYS.items():

@@ -4,6 +4,7 @@ and whole runs of OLMo-core's trainer on a tiny transformer.
 """
 
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -219,6 +220,7 @@ def fit(
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the trainer collects garbage often
     logging.disable(logging.CRITICAL)
     init_distributed(backend="gloo")
     for mesh in MESHES:

@@ -2,6 +2,7 @@
 What each rank of the tests of further passes runs, as a script under torchrun.
 """
 
+import gc
 import json
 import logging
 import os
@@ -56,6 +57,7 @@ def weights(folder: Path, name: str, **options: Any) -> Dict[str, str]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the trainer collects garbage often
     logging.disable(logging.CRITICAL)
     init_distributed(backend="gloo")
     found = {

@@ -3,6 +3,7 @@ What each rank of the tests of wrappers runs, as a script under torchrun: runs o
 trainer on a tiny transformer, and the same steps in a loop written by hand.
 """
 
+import gc
 import json
 import logging
 import math
@@ -331,6 +332,7 @@ def params_are(killed: Trainer, reference: Trainer, step: int) -> bool:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # the trainer collects garbage often
     logging.disable(logging.CRITICAL)
     if int(os.environ["WORLD_SIZE"]) > 1:
         init_distributed(backend="gloo")
