@@ -15,6 +15,7 @@ import pytest
 
 import olmo_optim_ext
 from olmo_optim_ext import cli
+from olmo_optim_ext.cli.catalog import field_docs
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
@@ -43,7 +44,7 @@ def test_show_has_every_field_with_its_meaning(name, call):
     code, out, _ = call("show", name)
     assert code == 0
     config_class = olmo_optim_ext.get_config_class(name)
-    docs = cli.field_docs(config_class)
+    docs = field_docs(config_class)
     for field in config_class().hyperparameters():
         assert field in out
         assert len(docs[field]) > 10, field

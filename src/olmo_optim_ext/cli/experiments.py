@@ -1,0 +1,73 @@
+"""
+One experiment: ``olmo-optim roles`` and ``pretrain``.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+import typer
+
+from mixture_pretraining_stages import launch
+from mixture_pretraining_stages.tokenizers import load_tokenizer
+
+from ..role_table import role_table, to_json, to_text
+from .app import CONFIG_HELP, app, console, load
+
+
+@app.command()
+def roles(
+    arguments: Optional[List[str]] = typer.Argument(
+        None, metavar="[CONFIG] [KEY=VALUE ...]", help=CONFIG_HELP
+    ),
+    json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """
+    Print which rule each parameter follows, without training. On one rank: how several ranks share
+    the matrices stands in a run's roles.txt.
+
+    [bold]Example:[/bold] olmo-optim roles configs/quickstart.yaml optimizer.muon_on_lm_head=true
+    """
+    spec = load(arguments)
+    spec.check()
+    vocab_size = load_tokenizer(spec.tokenizer).config.vocab_size
+    model, optim = spec.build_on_meta(vocab_size)
+    rows = role_table(model, spec.optimizer_config(), optim)
+    sys.stdout.write(to_json(rows) + "\n" if json else to_text(rows))
+
+
+@app.command()
+def pretrain(
+    arguments: Optional[List[str]] = typer.Argument(
+        None, metavar="[CONFIG] [KEY=VALUE ...]", help=CONFIG_HELP
+    ),
+    nproc: int = typer.Option(
+        1, "--nproc", "--ngpus", min=1, help="Ranks to start on this machine."
+    ),
+) -> None:
+    """
+    Run an experiment, or continue it: the same command again resumes from the last whole
+    checkpoint.
+
+    [bold]Examples:[/bold]
+
+    olmo-optim pretrain
+
+    olmo-optim pretrain configs/quickstart.yaml optimizer.name=adamw output=runs/adamw
+
+    olmo-optim pretrain my.yaml --nproc 2
+
+    torchrun --nproc-per-node 8 -m mixture_pretraining_stages pretrain my.yaml
+    """
+    spec = load(arguments)
+    command = ["pretrain", *(arguments or [])]
+    if nproc > 1 and not launch.launched_by_torchrun():
+        spec.check(nproc)  # before ranks start: one message instead of one a rank
+        # torchrun would take --nproc for an abbreviation of an option of its own.
+        ranks = [*command, "--ngpus", str(nproc)]
+        raise typer.Exit(launch.start_ranks(nproc, ranks, Path(spec.output)))
+    if nproc > 1:
+        command += ["--nproc", str(nproc)]
+    start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
+    raise typer.Exit(launch.run(spec, console, f"{start} {shlex.join(command)}"))
