@@ -145,7 +145,7 @@ class Run:
         try:
             for plan in self.plans:
                 checkpoints.remove_half_written(plan.folder)
-            tokenizer, sources = self._prepare_data()
+            tokenizer, sources = self.prepare_data()
             self.spec.build_on_meta(tokenizer.config.vocab_size)
             self._write_config()
             if incomplete := self._incomplete():
@@ -252,7 +252,8 @@ class Run:
 
     # What a stage is made of.
 
-    def _prepare_data(self) -> Tuple[Tokenizer, Dict[str, TokenizedSource]]:
+    def prepare_data(self) -> Tuple[Tokenizer, Dict[str, TokenizedSource]]:
+        """Tokenise what is not in the cache."""
         tokenizer = load_tokenizer(self.spec.tokenizer)
         cache = Path(self.spec.cache) if self.spec.cache else _default_cache()
         sources = {}

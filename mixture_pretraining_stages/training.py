@@ -35,6 +35,7 @@ from olmo_optim_ext.training import check_never_decays
 from olmo_optim_ext.wrappers.base import WrapperConfig
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
+from .comparison import ComparisonSpec
 from .decoding import decode_fields, decode_registered, to_plain
 from .sources import SourceSpec
 
@@ -165,6 +166,8 @@ class JolmoModel:
     """Fields of OLMo-core's ``WandBCallback``."""
     comet: Optional[Dict[str, Any]] = None
     """Fields of OLMo-core's ``CometCallback``."""
+    comparison: Optional[ComparisonSpec] = None
+    """What ``olmo-optim compare`` compares; other commands refuse it."""
     cache: Optional[str] = None
     """Where tokenised text is kept; default is the user's cache folder."""
     output: str = "runs"
