@@ -36,12 +36,20 @@ class Worker:
         """Whether a process of this machine has ended. Of other machines nothing is known."""
         if attribute["host"] != self.attribute["host"] or attribute == self.attribute:
             return False
-        path = self._path(attribute)
-        if not path.exists():
-            return True
-        try:
-            with FileLock(path).acquire(blocking=False):
-                path.unlink(missing_ok=True)
-                return True
-        except Timeout:
+        return not _is_held(self._path(attribute))
+
+    def is_alone(self) -> bool:
+        """Whether no other process that uses the folder from this machine is alive."""
+        own = self._path(self.attribute)
+        return not any(_is_held(path) for path in self.folder.glob("*.lock") if path != own)
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(blocking=False):
+            path.unlink(missing_ok=True)
             return False
+    except Timeout:
+        return True

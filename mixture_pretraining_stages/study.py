@@ -5,7 +5,6 @@ is its *slot*, an attribute of the trial; a trial that ended without a result le
 another with the same parameters, which continues in the same folder.
 """
 
-import logging
 import re
 import time
 import warnings
@@ -17,6 +16,7 @@ from threading import Lock
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import optuna
+from filelock import FileLock
 from olmo_core.exceptions import OLMoConfigurationError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,14 +41,12 @@ from .slots import (
 
 __all__ = ["Ended", "Outcome", "Queue", "open_storage"]
 
-log = logging.getLogger(__name__)
-
 HEARTBEAT, GRACE = 60, 300
 """Seconds between signs of life in a shared storage, and after how many without one a trial is
 another machine's to continue."""
 
 UNCLAIMED = 30.0
-"""Seconds after which a running trial that says not who runs it is taken to be abandoned."""
+"""Seconds after which a running trial that says not who runs it was given up in that moment."""
 
 KILLS = 3
 """How often a run that something kills is made before it counts as failed."""
@@ -99,24 +97,19 @@ def open_storage(url: Optional[str], folder: Path) -> optuna.storages.RDBStorage
     if not own:  # on one machine locks tell at once who is alive
         arguments.update(heartbeat_interval=HEARTBEAT, grace_period=GRACE)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    for attempt in range(5):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return optuna.storages.RDBStorage(address, **arguments)
-        except (ImportError, RuntimeError, ValueError, SQLAlchemyError) as error:
-            # Two machines that begin at the same moment both make the tables.
-            if "already exists" in str(error) and attempt < 4:
-                time.sleep(0.2 * 2**attempt)
-                continue
-            reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
-            shown = re.sub(r"(//[^:@/]*):[^@]*@", r"\1:***@", address)
-            raise OLMoConfigurationError(
-                f"--storage: {shown!r} cannot be opened ({_without_password(reason, address)}), "
-                "allowed is a URL of a database with its driver installed, such as "
-                "sqlite:///FILE or postgresql://USER@HOST/NAME"
-            ) from None
-    raise AssertionError
+    try:
+        # Optuna's making of its tables fails if two do it at once.
+        with FileLock(folder / ".storage.lock"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RDBStorage(address, **arguments)
+    except (ImportError, RuntimeError, ValueError, SQLAlchemyError) as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0]
+        shown = re.sub(r"(//[^:@/]*):[^@]*@", r"\1:***@", address)
+        raise OLMoConfigurationError(
+            f"--storage: {shown!r} cannot be opened ({_without_password(reason, address)}), "
+            "allowed is a URL of a database with its driver installed, such as "
+            "sqlite:///FILE or postgresql://USER@HOST/NAME"
+        ) from None
 
 
 def _without_password(text: str, url: str) -> str:
@@ -171,18 +164,20 @@ class Queue:
         self.finished = all(state in SETTLED for arm in slots.values() for state in arm.values())
 
     def _give_up_dead(self, arm: str, study: optuna.Study) -> None:
-        if self._storage.get_heartbeat_interval() is not None:
+        shared = self._storage.get_heartbeat_interval() is not None
+        if shared:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 optuna.storages.fail_stale_trials(study)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker = trial.user_attrs.get(WORKER)
-            if worker is None:
-                # Killed before it could say so, or just about to.
-                since = self._unclaimed.setdefault((arm, trial.number), time.monotonic())
-                dead = time.monotonic() - since > UNCLAIMED
-            else:
+        with self._asking:  # or a thread here might just be about to say that a trial is its own
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in running:
+            if (worker := trial.user_attrs.get(WORKER)) is not None:
                 dead = self.worker.knows_to_be_dead(worker)
+            else:
+                since = self._unclaimed.setdefault((arm, trial.number), time.monotonic())
+                alone = not shared and self.worker.is_alone()
+                dead = alone or time.monotonic() - since > UNCLAIMED
             if dead:
                 study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
@@ -223,15 +218,25 @@ class Queue:
                 return False
             study = self._load(arm)
 
+            gone: List[FrozenTrial] = []
+
             def objective(trial: Trial) -> float:
+                trial.set_user_attr(WORKER, self.worker.attribute)
                 asking.close()
-                return self._make(arm, study, trial, execute)
+                try:
+                    return self._make(arm, study, trial, execute)
+                finally:
+                    now = study.get_trials(deepcopy=False)[trial.number]
+                    if now.state != TrialState.RUNNING:
+                        gone.append(now)
+                        raise _NoResult
 
             try:
                 study.optimize(objective, n_trials=1, catch=(_NoResult,))
-            except (ValueError, optuna.exceptions.UpdateFinishedTrialError) as error:
+            except ValueError:
                 # Another machine took this one for dead; what the run has done is in its folder.
-                log.warning("A trial was given up elsewhere: %s", error)
+                if not gone:
+                    raise
         return True
 
     def _furthest_behind(self) -> Optional[str]:
@@ -261,7 +266,6 @@ class Queue:
     def _make(self, arm: str, study: optuna.Study, trial: Trial, execute: Execute) -> float:
         if self._is_surplus(study, trial):
             raise _NoResult
-        trial.set_user_attr(WORKER, self.worker.attribute)
         comparison, sampled = self.comparison, is_sampled(trial.user_attrs[SLOT])
         if sampled:
             with warnings.catch_warnings():

@@ -23,7 +23,9 @@ from .comparison import RunPlan, validation_losses
 from .comparison_folder import steps_of
 from .study import Ended, Outcome, Queue
 
-__all__ = ["Crew", "Place", "places"]
+__all__ = ["Crew", "Metrics", "Place", "places"]
+
+COMMAND = (sys.executable, "-m", "mixture_pretraining_stages.child")
 
 POLL = 0.2
 """Seconds between looks at a run."""
@@ -71,7 +73,7 @@ class Crew:
     queue: Queue
     places: List[Place]
     nproc: int = 1
-    command: Tuple[str, ...] = (sys.executable, "-m", "mixture_pretraining_stages.child")
+    command: Tuple[str, ...] = field(default_factory=lambda: COMMAND)
     running: Dict[str, float] = field(default_factory=dict)
     """Runs under way here, and which part of each is done."""
     stopping: Event = field(default_factory=Event)
@@ -174,7 +176,7 @@ class Crew:
         environment = {**place.environment, "COLUMNS": "200", **os.environ}
         if (gpus := place.environment.get("CUDA_VISIBLE_DEVICES")) is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
-        metrics = _Metrics(run)
+        metrics = Metrics(run)
         with open(log, "ab") as output:
             # A session of its own, so that Ctrl-C reaches it once, and through this process.
             child = subprocess.Popen(
@@ -186,24 +188,25 @@ class Crew:
                 start_new_session=True,
             )
         asked: Optional[Ended] = None
-        while (code := child.poll()) is None:
-            time.sleep(POLL)
-            losses = metrics.read()
-            self.running[run.label] = metrics.step / steps_of(run)
-            if asked is None:
-                if self.stopping.is_set():
-                    asked = Ended.stopped
-                elif any([observe(step, loss) for step, loss in losses]):
-                    asked = Ended.pruned
-                if asked is not None:
+        try:
+            while child.poll() is None:
+                time.sleep(POLL)
+                losses = metrics.read()
+                self.running[run.label] = metrics.step / steps_of(run)
+                unwanted = any([observe(step, loss) for step, loss in losses])
+                if asked is None and (unwanted or self.stopping.is_set()):
+                    asked = Ended.stopped if self.stopping.is_set() else Ended.pruned
                     child.terminate()
-            if self.killing.is_set():
-                os.killpg(child.pid, signal.SIGKILL)
-        assert child.stdin is not None
-        child.stdin.close()
-        for step, loss in metrics.read():
-            observe(step, loss)
-        return code, asked
+                if self.killing.is_set():
+                    os.killpg(child.pid, signal.SIGKILL)
+            for step, loss in metrics.read():
+                observe(step, loss)
+        finally:
+            child.terminate()  # nothing happens to one that has ended
+            child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
+        return child.returncode, asked
 
 
 def _write_spec(run: RunPlan) -> Path:
@@ -214,7 +217,7 @@ def _write_spec(run: RunPlan) -> Path:
     return path
 
 
-class _Metrics:
+class Metrics:
     """Reads what a run adds to its metrics; from the start again when it has dropped some."""
 
     def __init__(self, run: RunPlan):
