@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import List, Optional
 
 import typer
+from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.tokenizers import load_tokenizer
@@ -61,6 +62,11 @@ def pretrain(
     torchrun --nproc-per-node 8 -m mixture_pretraining_stages pretrain my.yaml
     """
     spec = load(arguments)
+    if spec.comparison is not None:
+        raise OLMoConfigurationError(
+            "comparison: pretrain makes one run, allowed is null (comparison=null), or the command "
+            "olmo-optim compare"
+        )
     command = ["pretrain", *(arguments or [])]
     if nproc > 1 and not launch.launched_by_torchrun():
         spec.check(nproc)  # before ranks start: one message instead of one a rank
