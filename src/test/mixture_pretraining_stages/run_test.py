@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
 from mixture_pretraining_stages.callbacks import read_metrics
-from mixture_pretraining_stages.stages import plan_stages
+from mixture_pretraining_stages.plans import plan_stages
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
