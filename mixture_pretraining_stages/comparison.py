@@ -22,7 +22,7 @@ from .evaluation import EVALUATOR
 from .tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from .training import JolmoModel
+    from .training import JolmoModel, StageSpec
 
 __all__ = [
     "BASELINE",
@@ -135,21 +135,51 @@ class Comparison:
         return len(self.rates[self.baseline]) * len(self.seeds)
 
     def own_rate(self, arm: str) -> float:
-        """The learning rate that the arm has without a comparison."""
+        """
+        The learning rate of the arm without a comparison, in the first stage. Those of stages with
+        another optimizer move with it.
+        """
         return _own_rate(self.specs[arm])
 
     def run(self, arm: str, lr: float, seed: int) -> RunPlan:
         """The run of an arm with a learning rate and a seed."""
         folder = self.folder / "runs" / arm / f"lr-{lr:.6g}" / f"seed-{seed}"
         base = self.specs[arm]
+        stages = [
+            replace(stage, optimizer=self._moved(arm, lr, seed, stage))
+            if stage.optimizer
+            else stage
+            for stage in base.stages
+        ]
         spec = replace(
             base,
             name=f"{self.name}-{arm}-lr-{lr:.6g}-seed-{seed}",
             output=str(folder),
             seed=seed,
-            optimizer=_with_rate_and_seed(base, lr, seed - self.seeds[0]),
+            optimizer=self._moved(arm, lr, seed),
+            stages=stages,
         )
         return RunPlan(arm, lr, seed, folder, spec)
+
+    def _moved(
+        self, arm: str, lr: float, seed: int, stage: Optional["StageSpec"] = None
+    ) -> Dict[str, Any]:
+        """The optimizer of the run or of a stage, with its learning rate moved like the arm's."""
+        spec, own = self.specs[arm], self.own_rate(arm)
+        config = spec.optimizer_config(stage)
+        optimizer = dict(spec.optimizer if stage is None else spec.optimizer_of(stage))
+        rate = _rate_of(config)
+        rate = lr if rate == own else rate * lr / own
+        inner = optimizer.get("inner")
+        if isinstance(inner, Mapping) and inner.get("lr") is not None:
+            optimizer["inner"] = {**inner, "lr": rate}  # a wrapper takes one of the two
+        else:
+            optimizer["lr"] = rate
+        # What is random in a step moves with the seed; that of the first is the spec's own.
+        moved = seed - self.seeds[0]
+        if moved and isinstance(config, ExtOptimConfig):
+            optimizer["seed"] = optimizer.get("seed", 0) + moved
+        return optimizer
 
 
 def plan_comparison(
@@ -263,6 +293,11 @@ def _spec_of(base: "JolmoModel", arm: str, overrides: Mapping[str, Any]) -> "Jol
     if tokens != allowed:
         where = f"comparison.arms.{arm}.stages"
         _refuse(where, f"{tokens} tokens", f"{allowed}, as all arms get as many")
+    if spec.optimizer != base.optimizer and all(stage.optimizer for stage in spec.stages):
+        raise OLMoConfigurationError(
+            f"comparison.arms.{arm}.optimizer: each stage has an optimizer of its own, allowed is "
+            "to override stages"
+        )
     return spec
 
 
@@ -283,15 +318,19 @@ def check_arms(comparison: Comparison, world_size: int = 1) -> None:
     for arm, spec in comparison.specs.items():
         with _naming(arm):
             spec.check(world_size)
-            spec.build_on_meta(load_tokenizer(spec.tokenizer).config.vocab_size)
+            for stage in spec.stages:
+                spec.build_on_meta(load_tokenizer(spec.tokenizer).config.vocab_size, stage)
             for lr in (comparison.rates[arm][0], comparison.rates[arm][-1]):
                 comparison.run(arm, lr, comparison.seeds[-1]).spec.check(world_size)
 
 
-def _own_rate(spec: "JolmoModel") -> float:
-    config: Any = spec.optimizer_config()
+def _rate_of(config: Any) -> Any:
     # A wrapper's is that of the optimizer inside, unless it has one.
     return config.hyperparameters()["lr"] if isinstance(config, ExtOptimConfig) else config.lr
+
+
+def _own_rate(spec: "JolmoModel") -> Any:
+    return _rate_of(spec.optimizer_config(spec.stages[0]))
 
 
 def _rates(arm: str, spec: "JolmoModel", factors: Sequence[float]) -> List[float]:
@@ -303,19 +342,6 @@ def _rates(arm: str, spec: "JolmoModel", factors: Sequence[float]) -> List[float
     if len({f"{rate:.6g}" for rate in rates}) < len(rates):
         _refuse("comparison.lrs", list(factors), "factors that differ in their first 6 digits")
     return rates
-
-
-def _with_rate_and_seed(spec: "JolmoModel", lr: float, moved: int) -> Dict[str, Any]:
-    optimizer = dict(spec.optimizer)
-    inner = optimizer.get("inner")
-    if isinstance(inner, Mapping) and inner.get("lr") is not None:
-        optimizer["inner"] = {**inner, "lr": lr}  # a wrapper takes one of the two
-    else:
-        optimizer["lr"] = lr
-    # What is random in a step moves with the seed; that of the first is the spec's own.
-    if moved and isinstance(spec.optimizer_config(), ExtOptimConfig):
-        optimizer["seed"] = optimizer.get("seed", 0) + moved
-    return optimizer
 
 
 def validation_losses(

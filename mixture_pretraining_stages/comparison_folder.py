@@ -18,7 +18,8 @@ from yaml import YAMLError
 
 from .callbacks import read_metrics
 from .comparison import Comparison, RunPlan, validation_losses
-from .stages import MAY_CHANGE, plan_stages
+from .folder import MAY_CHANGE
+from .plans import plan_stages
 
 __all__ = [
     "Result",

@@ -39,7 +39,7 @@ from .slots import (
     wanted,
 )
 
-__all__ = ["Ended", "Outcome", "Queue", "open_storage"]
+__all__ = ["Ended", "Outcome", "Queue", "open_storage", "storage_failure"]
 
 HEARTBEAT, GRACE = 60, 300
 """Seconds between signs of life in a shared storage, and after how many without one a trial is
@@ -110,6 +110,15 @@ def open_storage(url: Optional[str], folder: Path) -> optuna.storages.RDBStorage
             "allowed is a URL of a database with its driver installed, such as "
             "sqlite:///FILE or postgresql://USER@HOST/NAME"
         ) from None
+
+
+def storage_failure(error: Optional[BaseException]) -> Optional[str]:
+    """What a database has said, if that is behind an error."""
+    while error is not None:
+        if isinstance(error, SQLAlchemyError):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _without_password(text: str, url: str) -> str:

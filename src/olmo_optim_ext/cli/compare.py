@@ -74,9 +74,16 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
+    from mixture_pretraining_stages.study import storage_failure
+
     try:
         with View(comparison, crew, console) as view:
             crew.work(view.show)
+    except Exception as error:
+        if (said := storage_failure(error)) is None:
+            raise
+        _say(f"The storage failed: {said}. Runs were saved; the same command continues.")
+        raise typer.Exit(1) from None
     finally:
         crew.queue.worker.close()
     _report(comparison)

@@ -79,6 +79,21 @@ def test_the_rate_of_a_wrapper_goes_where_it_was_given(tmp_path):
     run.spec.check()
 
 
+def test_rates_of_stages_with_optimizers_of_their_own_move_along(tmp_path):
+    stages = tiny_spec(tmp_path)["stages"]
+    stages[1]["optimizer"] = {"name": "adamw", "lr": 0.004}
+    found = plan(tmp_path, flags("muon", "sgd", seeds=2), stages=stages)
+    spec = found.run("muon", 0.02, 43).spec
+    assert spec.optimizer == {"name": "muon", "lr": 0.02, "seed": 1}
+    assert spec.stages[1].optimizer == {"name": "adamw", "lr": 0.008, "seed": 1}
+    spec.check()
+    stages[0]["optimizer"] = {"name": "muon", "lr": 0.1}
+    of_stages = {"baseline": "own", "arms": {"own": {}}}
+    assert plan(tmp_path, stages=stages, comparison=of_stages).own_rate("own") == 0.1
+    with pytest.raises(OLMoConfigurationError, match="arms.ext_adamw.optimizer: each stage has"):
+        plan(tmp_path, flags("muon"), stages=stages)
+
+
 def test_adamw_is_added_unless_there_is_a_baseline(tmp_path):
     added = plan(tmp_path, flags("muon", "soap"))
     assert list(added.arms) == ["ext_adamw", "muon", "soap"]
@@ -167,7 +182,7 @@ def test_what_only_a_run_would_refuse_is_found_before_the_first(tmp_path):
     with pytest.raises(OLMoConfigurationError, match="comparison.arms.ext_adamw.global_batch_size"):
         check_arms(found, world_size=3)
     decaying = plan(tmp_path, flags("schedule_free"))
-    with pytest.raises(OLMoConfigurationError, match="comparison.arms.schedule_free.scheduler"):
+    with pytest.raises(OLMoConfigurationError, match="comparison.arms.schedule_free.stages.1"):
         check_arms(decaying)
 
 
