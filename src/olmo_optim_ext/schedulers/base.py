@@ -24,7 +24,7 @@ from ..engine.hyperparameters import (
     to_choice,
     to_flag,
 )
-from .momentum import set_momentum
+from .momentum import momentum_of, set_momentum
 
 __all__ = [
     "UNIT",
@@ -206,13 +206,30 @@ class WithMomentum(ExtScheduler):
 
         :param trainer: Only what :class:`Clock` has is read.
 
-        :raises OLMoConfigurationError: If the group has no momentum.
+        :raises OLMoConfigurationError: If the group has no momentum, or one of 0, for which its
+            optimizer may keep nothing.
         """
         lr = super().set_lr(group, trainer)  # type: ignore[arg-type]
         if self.cycle_momentum:
-            momentum = self.get_momentum(*position(self, trainer))
-            set_momentum(group, momentum, f"{type(self).__name__}: 'cycle_momentum' is True")
+            self.check_group(group)
+            set_momentum(group, self.get_momentum(*position(self, trainer)), self._why)
         return lr
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """
+        Check whether the momentum of a parameter group can be set, if that is asked for.
+
+        :raises OLMoConfigurationError: If it cannot.
+        """
+        if self.cycle_momentum and momentum_of(group, self._why) == 0:
+            raise OLMoConfigurationError(
+                f"{self._why}, which is not allowed, as the momentum of a parameter group is 0; "
+                "allowed is false, or an optimizer with one > 0"
+            )
+
+    @property
+    def _why(self) -> str:
+        return f"{type(self).__name__}: 'cycle_momentum' is True"
 
 
 def refuse_cycled_momentum(scheduler: Scheduler, where: str) -> None:

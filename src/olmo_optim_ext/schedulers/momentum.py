@@ -52,14 +52,8 @@ def set_momentum(group: Dict[str, Any], value: float, why: str) -> None:
     """
     Set what :func:`momentum_of` returns.
 
-    :raises OLMoConfigurationError: As it, and if the momentum is 0: such an optimizer may keep
-        nothing for it.
+    :raises OLMoConfigurationError: As it.
     """
-    if momentum_of(group, why) == 0:
-        raise OLMoConfigurationError(
-            f"{why}, which is not allowed, as the momentum of a parameter group is 0, allowed is "
-            "an optimizer with one > 0"
-        )
     if _key(group, why) == BETAS:
         group[BETAS] = (value, *group[BETAS][1:])
     else:
