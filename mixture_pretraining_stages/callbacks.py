@@ -48,6 +48,15 @@ class StageScheduler(Scheduler):
         assert self.inner is not None
         return self.inner.get_lr(initial_lr, current, t_max) * self.scale
 
+    def set_lr(self, group, trainer):
+        assert self.inner is not None
+        lr = self.inner.set_lr(group, trainer) * self.scale  # it may set the momentum, too
+        if isinstance(current := group[self.lr_field], torch.Tensor):
+            current.fill_(lr)
+        else:
+            group[self.lr_field] = lr
+        return lr
+
 
 @dataclass
 class StageCheckpointer(CheckpointerCallback):

@@ -49,7 +49,13 @@ from rich.progress import Progress
 from yaml import YAMLError
 
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
+from olmo_optim_ext.training import (
+    ClipGradValueCallback,
+    HyperparameterScheduleCallback,
+    MatrixMetricsCallback,
+    averaged,
+    needed_callbacks,
+)
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
@@ -68,7 +74,7 @@ from .sources import TokenizedSource, prepare_source
 from .tokenizers import Tokenizer, load_tokenizer
 from .training import JolmoModel, StageSpec
 
-__all__ = ["Interrupted", "Run", "StagePlan", "plan_stages"]
+__all__ = ["Interrupted", "Run", "StagePlan", "plan_stages", "stage_scheduler"]
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +121,11 @@ def plan_stages(spec: JolmoModel) -> List[StagePlan]:
         plans.append(StagePlan(stage, index, step, last, folder))
         step = last
     return plans
+
+
+def stage_scheduler(spec: JolmoModel, plan: StagePlan) -> StageScheduler:
+    """The scheduler of a stage."""
+    return StageScheduler(inner=spec.scheduler_config(), scale=plan.spec.lr_scale)
 
 
 @dataclass
@@ -368,6 +379,11 @@ class Run:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer
             )
+        for scheduled, scheduler in spec.hyperparameter_schedulers().items():
+            schedule = HyperparameterScheduleCallback(scheduled, scheduler)
+            callbacks[f"{scheduled}_schedule"] = schedule
+        if spec.max_grad_value is not None:
+            callbacks["clip_grad_value"] = ClipGradValueCallback(spec.max_grad_value)
         run_name = f"{spec.name}-{name}"
         if spec.wandb is not None:
             _require_package("wandb")
@@ -404,9 +420,7 @@ class Run:
             target_device_type=self.device.type,
             display_source_visualization=False,
         )
-        train_module.scheduler = StageScheduler(
-            inner=spec.scheduler_config(), scale=plan.spec.lr_scale
-        )
+        train_module.scheduler = stage_scheduler(spec, plan)
         trainer = TrainerConfig(
             save_folder=str(plan.folder),
             work_dir=str(self._work_dir()),

@@ -17,7 +17,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.flash_attn_api import has_flash_attn_2
 from olmo_core.nn.transformer import TransformerConfig
-from olmo_core.optim import ConstantScheduler, OptimConfig, Scheduler
+from olmo_core.optim import INITIAL_LR_FIELD, ConstantScheduler, OptimConfig, Scheduler
 from olmo_core.optim.scheduler import SchedulerUnits
 from olmo_core.train.train_module import (
     TransformerActivationCheckpointingConfig,
@@ -31,7 +31,18 @@ from omegaconf.errors import OmegaConfBaseException
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.elementwise.sophia import SophiaConfig
-from olmo_optim_ext.training import check_never_decays
+from olmo_optim_ext.schedulers import (
+    WithMomentum,
+    cycles_momentum,
+    refuse_cycled_momentum,
+    refuse_within,
+)
+from olmo_optim_ext.training import (
+    HyperparameterSchedule,
+    ScheduledField,
+    check_never_decays,
+    check_schedule,
+)
 from olmo_optim_ext.wrappers.base import WrapperConfig
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
@@ -150,8 +161,17 @@ class JolmoModel:
     """In tokens: what a rank processes at a time."""
     seed: int = 42
     scheduler: Optional[Dict[str, Any]] = None
-    """``type``, and any field of that OLMo-core scheduler. It runs over the whole run."""
+    """
+    ``type``, and any field of that scheduler: OLMo-core's, or one of ``olmo_optim_ext.schedulers``.
+    It runs over the whole run.
+    """
+    weight_decay_schedule: Optional[Dict[str, Any]] = None
+    """Such a scheduler for the weight decay, over the whole run; ``null`` leaves it as it is."""
+    momentum_schedule: Optional[Dict[str, Any]] = None
+    """The same for the momentum, or the first of the betas, of each parameter group."""
     max_grad_norm: Optional[float] = 1.0
+    max_grad_value: Optional[float] = None
+    """Largest absolute value in a gradient; clipped before the norm is."""
     precision: Precision = Precision.float32
     compile: bool = False
     """Compile the model."""
@@ -185,6 +205,12 @@ class JolmoModel:
             self.max_grad_norm,
             "null or a number > 0",
         )
+        _require(
+            self.max_grad_value is None or 0 < self.max_grad_value < float("inf"),
+            "max_grad_value",
+            self.max_grad_value,
+            "null or a finite number > 0",
+        )
         for key in ("evaluation.every", "evaluation.tokens", "checkpoint.every", "checkpoint.keep"):
             part, name = key.split(".")
             value = getattr(getattr(self, part), name)
@@ -200,14 +226,44 @@ class JolmoModel:
         self.optimizer_config()
         self._check_optimizer_metrics()
         self._check_scheduler()
+        self._check_schedules()
+
+    def _run_length(self, scheduler: Scheduler) -> int:
+        """Of the whole run, in the scheduler's units."""
+        steps = sum(math.ceil(stage.tokens / self.global_batch_size) for stage in self.stages)
+        in_tokens = scheduler.units == SchedulerUnits.tokens
+        return steps * self.global_batch_size if in_tokens else steps
+
+    def _check_schedules(self) -> None:
+        refuse_within(self.scheduler_config(), "scheduler")
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            refuse_cycled_momentum(scheduler, f"{name}_schedule")
+        if self.momentum_schedule is not None and cycles_momentum(self.scheduler_config()):
+            raise OLMoConfigurationError(
+                f"momentum_schedule: {self.momentum_schedule!r} is not allowed, allowed is null, "
+                f"or scheduler.cycle_momentum false, as the scheduler sets the momentum, too"
+            )
+
+    def _check_schedules_of(self, optim: torch.optim.Optimizer) -> None:
+        """Whether schedules have allowed values for the groups of an optimizer all through."""
+        groups, of_lr = optim.param_groups, self.scheduler_config()
+        t_max = self._run_length(of_lr)
+        for rate in sorted({float(group.get(INITIAL_LR_FIELD, group["lr"])) for group in groups}):
+            check_schedule(of_lr, rate, t_max, "learning rate", "scheduler")
+        if isinstance(of_lr, WithMomentum):
+            for group in groups:
+                of_lr.check_group(group)
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            where = f"{name}_schedule"
+            HyperparameterSchedule(name, scheduler, groups, where).check(
+                self._run_length(scheduler)
+            )
 
     def _check_scheduler(self) -> None:
         scheduler, config = self.scheduler_config(), self.optimizer_config()
         if not isinstance(config, ScheduleFreeConfig):
             return
-        t_max = sum(math.ceil(stage.tokens / self.global_batch_size) for stage in self.stages)
-        if scheduler.units == SchedulerUnits.tokens:
-            t_max *= self.global_batch_size
+        t_max = self._run_length(scheduler)
         lr = config.hyperparameters()["lr"]
         check_never_decays(scheduler, lr, t_max, "scheduler")
         scales = [stage.lr_scale for stage in self.stages]
@@ -328,6 +384,15 @@ class JolmoModel:
             return ConstantScheduler()
         return decode_registered(Scheduler, self.scheduler, "scheduler")
 
+    def hyperparameter_schedulers(self) -> Dict[ScheduledField, Scheduler]:
+        """The schedules of weight decay and momentum that are asked for."""
+        asked = {field: getattr(self, f"{field}_schedule") for field in ScheduledField}
+        return {
+            field: decode_registered(Scheduler, fields, f"{field}_schedule")
+            for field, fields in asked.items()
+            if fields is not None
+        }
+
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """
         The config of the model.
@@ -377,13 +442,15 @@ class JolmoModel:
         except Exception as error:  # OLMo-core's layers raise many types
             raise OLMoConfigurationError(f"model: it cannot be built: {_words(error)}") from None
         try:
-            return model, self.optimizer_config().build(model)
+            optim = self.optimizer_config().build(model)
         except OLMoConfigurationError as error:
             raise OLMoConfigurationError(f"optimizer: {error}") from None
         except Exception as error:  # OLMo-core's own optimizers, too
             raise OLMoConfigurationError(
                 f"optimizer: it cannot be built: {_words(error)}"
             ) from None
+        self._check_schedules_of(optim)
+        return model, optim
 
     def train_module_config(self, world_size: int) -> TransformerTrainModuleConfig:
         """The config of the train module."""

@@ -3,7 +3,13 @@ Learning-rate schedules that OLMo-core lacks. Importing this package registers t
 OLMo-core's ``Scheduler``, under names that OLMo-core does not use.
 """
 
-from .base import position, refuse_cycled_momentum
+from .base import (
+    WithMomentum,
+    cycles_momentum,
+    position,
+    refuse_cycled_momentum,
+    refuse_within,
+)
 from .cyclic import CyclicMode, CyclicScheduler
 from .momentum import momentum_of, set_momentum
 from .multi_step import MultiStepScheduler
@@ -19,8 +25,11 @@ __all__ = [
     "MultiStepScheduler",
     "OneCycleScheduler",
     "PolynomialScheduler",
+    "WithMomentum",
+    "cycles_momentum",
     "momentum_of",
     "position",
     "refuse_cycled_momentum",
+    "refuse_within",
     "set_momentum",
 ]

@@ -33,9 +33,11 @@ __all__ = [
     "Rate",
     "WithMomentum",
     "WithWarmup",
+    "cycles_momentum",
     "length",
     "position",
     "refuse_cycled_momentum",
+    "refuse_within",
 ]
 
 Rate = Union[float, torch.Tensor]
@@ -232,6 +234,11 @@ class WithMomentum(ExtScheduler):
         return f"{type(self).__name__}: 'cycle_momentum' is True"
 
 
+def cycles_momentum(scheduler: Any) -> bool:
+    """Whether a scheduler, if it is one, sets the momentum."""
+    return isinstance(scheduler, WithMomentum) and scheduler.cycle_momentum
+
+
 def refuse_cycled_momentum(scheduler: Scheduler, where: str) -> None:
     """
     Refuse schedulers that would cycle the momentum, where nothing but their value is read.
@@ -240,10 +247,15 @@ def refuse_cycled_momentum(scheduler: Scheduler, where: str) -> None:
 
     :raises OLMoConfigurationError: Also if one within it would.
     """
-    if isinstance(scheduler, WithMomentum) and scheduler.cycle_momentum:
+    if cycles_momentum(scheduler):
         raise OLMoConfigurationError(
             f"{where}.cycle_momentum: True is not allowed, allowed is false, as only a learning "
             "rate's own scheduler can set the momentum"
         )
+    refuse_within(scheduler, where)
+
+
+def refuse_within(scheduler: Scheduler, where: str) -> None:
+    """As :func:`refuse_cycled_momentum`, but only of the schedulers within one."""
     for index, inner in enumerate(getattr(scheduler, "schedulers", [])):
         refuse_cycled_momentum(inner, f"{where}.schedulers.{index}")

@@ -14,7 +14,7 @@ from olmo_core.optim.scheduler import SchedulerUnits
 from olmo_core.train.callbacks import Callback
 
 from ..engine.hyperparameters import FRACTION, NON_NEGATIVE, POSITIVE, Allowed, to_choice
-from ..schedulers.base import Clock, WithMomentum, position, refuse_cycled_momentum
+from ..schedulers.base import Clock, cycles_momentum, position, refuse_cycled_momentum
 from ..schedulers.momentum import momentum_of, set_momentum
 from .attached import optimizer_of
 
@@ -220,8 +220,7 @@ class HyperparameterScheduleCallback(Callback):
 
     def _check_other_scheduler(self, where: str) -> None:
         other = getattr(self.trainer.train_module, "scheduler", None)
-        cycles = isinstance(other, WithMomentum) and other.cycle_momentum
-        if self.field == ScheduledField.momentum and cycles:
+        if self.field == ScheduledField.momentum and cycles_momentum(other):
             raise OLMoConfigurationError(
                 f"{where}: the train module's {type(other).__name__} sets the momentum, too, "
                 "allowed is cycle_momentum False"
