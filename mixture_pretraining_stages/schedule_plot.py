@@ -131,20 +131,20 @@ def schedule_table(values: ScheduledValues) -> Table:
     caption = "one row for parameter groups that agree"
     if (last := values.steps[-1]) > len(values.steps):
         caption += f"; {len(values.steps):,} of {last:,} steps were evaluated"
-    table = Table(title="Schedules", caption=caption)
+    table = Table(caption=caption, box=None)
     table.add_column("what")
     table.add_column("parameter groups")
     for title in ("first", "lowest", "highest", "at step", "last"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", min_width=8)
     for curve in values.curves:
         peak = max(range(len(curve.values)), key=curve.values.__getitem__)
         shown = (curve.values[0], min(curve.values), curve.values[peak])
         table.add_row(
             curve.quantity,
             ", ".join(curve.groups),
-            *(f"{value:.4g}" for value in shown),
+            *(f"{value:.3g}" for value in shown),
             f"{values.steps[peak]:,}",
-            f"{curve.values[-1]:.4g}",
+            f"{curve.values[-1]:.3g}",
         )
     return table
 
