@@ -10,6 +10,7 @@ import typer
 from olmo_core.optim import Scheduler
 from rich.table import Table
 
+from mixture_pretraining_stages.plans import plan_stages
 from mixture_pretraining_stages.schedule_plot import (
     check_picture,
     draw_schedule,
@@ -76,8 +77,9 @@ def plot(
     check_picture(output)
     spec = load(arguments)
     spec.check()
-    _, optim = spec.build_on_meta(load_tokenizer(spec.tokenizer).config.vocab_size)
-    values = scheduled_values(spec, optim.param_groups)
-    draw_schedule(values, f"{spec.name} ({spec.optimizer['name']})", output)
-    console.print(schedule_table(values))
+    curves = scheduled_values(spec, load_tokenizer(spec.tokenizer).config.vocab_size)
+    plans = plan_stages(spec)
+    names = dict.fromkeys(str(plan.optimizer["name"]) for plan in plans)
+    draw_schedule(curves, plans, f"{spec.name} ({', then '.join(names)})", output)
+    console.print(schedule_table(curves))
     console.print(f"Drawn: {output}", highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ What a run needs beside the optimizer.
 
 from .averaging import AveragingCallback, averaged, check_never_decays, export_averaged
 from .bad_batches import LOSS_NOT_FINITE_METRIC, BadBatchCallback
+from .carry_over import Decision, carry_over
 from .gradient_values import ClipGradValueCallback, clip_grad_value
 from .hessian import CLIPPED_METRIC, HESSIAN_SHARE_METRIC, SophiaCallback
 from .hyperparameter_schedule import (
@@ -24,6 +25,7 @@ __all__ = [
     "AveragingCallback",
     "BadBatchCallback",
     "ClipGradValueCallback",
+    "Decision",
     "HyperparameterSchedule",
     "HyperparameterScheduleCallback",
     "LastWeightsCallback",
@@ -32,6 +34,7 @@ __all__ = [
     "SophiaCallback",
     "SAMCallback",
     "averaged",
+    "carry_over",
     "check_never_decays",
     "check_schedule",
     "clip_grad_value",
