@@ -166,6 +166,7 @@ def draw_schedule(
     figure = Figure(figsize=(9, 1.5 + 2.5 * len(quantities)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
+    colors: Dict[str, str] = {}
     for axes, quantity in zip(panels, quantities):
         lines = [curve for curve in curves if curve.quantity == quantity]
         for curve in lines:
@@ -173,7 +174,8 @@ def draw_schedule(
             # A stage of one step is a point.
             marker = "." if len(curve.values) == 1 else ""
             label = f"{noun} {', '.join(curve.groups)}"
-            axes.plot(curve.tokens, curve.values, marker=marker, label=label)
+            color = colors.setdefault(label, f"C{len(colors)}")
+            axes.plot(curve.tokens, curve.values, color, marker=marker, label=label)
         axes.set_ylabel(quantity)
         axes.grid(alpha=0.3)
         if len(lines) > 1:
