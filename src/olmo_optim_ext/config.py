@@ -273,7 +273,8 @@ def _let_config_win(optim: ExtOptimizer) -> None:
             group.update(fields)
         if changed:
             log.warning(
-                "The checkpoint was saved with other hyperparameters; the config's are used: "
+                "The checkpoint was saved with other hyperparameters; the config's, or what schedules make of "
+                "them, are used: "
                 + "; ".join(changed)
             )
 
