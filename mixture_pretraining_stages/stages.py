@@ -117,6 +117,9 @@ class Run:
             for plan in self.plans:
                 self.spec.build_on_meta(tokenizer.config.vocab_size, plan.spec)
             shares = [self.shares(plan, sources) for plan in self.plans]
+            if self.spec.warm_start is not None:
+                checkpoints.weights_of(self.spec.warm_start.path)
+            self._trackers("")
             write_config(self.spec)
             if incomplete := self._incomplete():
                 train_module = self.build_train_module(incomplete[0], tokenizer)
@@ -331,7 +334,13 @@ class Run:
             callbacks[f"{scheduled}_schedule"] = schedule
         if spec.max_grad_value is not None:
             callbacks["clip_grad_value"] = ClipGradValueCallback(spec.max_grad_value)
-        run_name = f"{spec.name}-{name}"
+        return {**callbacks, **self._trackers(name)}
+
+    def _trackers(self, stage: str) -> Dict[str, Callback]:
+        """Of W&B and Comet, if they are asked for."""
+        spec = self.spec
+        callbacks: Dict[str, Callback] = {}
+        run_name = f"{spec.name}-{stage}"
         if spec.wandb is not None:
             _require_package("wandb")
             fields = {"name": run_name, "group": spec.name, **spec.wandb}

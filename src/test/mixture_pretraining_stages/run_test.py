@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
 from mixture_pretraining_stages.callbacks import read_metrics
+from mixture_pretraining_stages.mixture import drawn_tokens
 from mixture_pretraining_stages.plans import plan_stages
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
@@ -59,9 +60,9 @@ def run(spec: Dict[str, Any], *moments: object, nproc: int = 1) -> List[int]:
     return [int(line) for line in result.stdout.split()]
 
 
-def final_state(output: Path, scratch: Path) -> Dict[str, torch.Tensor]:
+def final_state(output: Path, scratch: Path, stage: str = "02-three") -> Dict[str, torch.Tensor]:
     """All tensors of the last checkpoint."""
-    saved = checkpoints.latest(output / "stages" / "02-three")
+    saved = checkpoints.latest(output / "stages" / stage)
     assert saved is not None
     model, optim = unshard_checkpoint(f"{saved.path}/model_and_optim", scratch, quiet=True)
     assert optim is not None
@@ -326,6 +327,76 @@ def test_a_damaged_config_is_named(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_bytes(bytes(range(256)))
     assert run(spec) == [2]
+
+
+WARM: Dict[str, Dict[str, Any]] = {
+    "weights": {},
+    "the same optimizer": {"optimizer_state": True},
+    "another optimizer": {"optimizer_state": True, "optimizer": {"name": "adamw"}},
+}
+
+
+@pytest.mark.parametrize("kind", WARM)
+def test_a_run_begins_with_the_weights_of_another(kind, uninterrupted, tmp_path):
+    step = "01-two/step18" if kind == "the same optimizer" else "02-three/step26"
+    start = {"path": str(uninterrupted / "stages" / step), **WARM[kind]}
+    stages = [{"name": "one", "tokens": 256 * 2, "mixture": {"first": 1}}]
+    output = str(tmp_path / "run")
+    spec = tiny_spec(
+        uninterrupted.parent, stages=stages, scheduler=None, warm_start=start, output=output
+    )
+    assert run(spec) == [FINISHED]
+    assert losses(tmp_path / "run")[1]["train/CE loss"] < losses(uninterrupted)[20]["train/CE loss"]
+    decisions = tmp_path / "run" / "stages" / "00-one" / "carried.json"
+    assert decisions.exists() == (kind == "another optimizer")
+    steps = {
+        key: float(tensor)
+        for key, tensor in final_state(tmp_path / "run", tmp_path, "00-one").items()
+        if key.endswith(".step")
+    }
+    # Muon has made 18 updates, and AdamW 8, where it did not go on with what Muon left to AdamW.
+    expected = {"weights": {2}, "the same optimizer": {20}, "another optimizer": {10, 28}}[kind]
+    assert set(steps.values()) == expected
+
+
+def test_a_run_that_cannot_begin_with_a_checkpoint_says_why(uninterrupted, tmp_path):
+    def said(start: Dict[str, Any], **changes: Any) -> str:
+        output = tmp_path / str(len(list(tmp_path.iterdir()))) / "run"
+        spec = tiny_spec(uninterrupted.parent, warm_start=start, output=str(output), **changes)
+        output.parent.mkdir()
+        assert run(spec) == [2]
+        return (output / "train.log").read_text()
+
+    assert "warm_start.path: nowhere has no checkpoint" in said({"path": "nowhere"})
+    path = str(uninterrupted / "stages" / "02-three" / "step26")
+    assert "saved with another optimizer" in said({"path": path, "optimizer_state": True})
+    wider = {**tiny_spec(uninterrupted.parent)["model"], "d_model": 32}
+    assert "saved with another model" in said({"path": path}, model=wider)
+
+
+def test_the_drawn_mixture_is_in_the_metrics(uninterrupted):
+    rows = read_metrics(uninterrupted / "metrics.jsonl")
+    drawn = drawn_tokens(rows, "one", ["first", "second"])
+    assert drawn["first"] == pytest.approx((0.75 * 3072, 0.75), abs=64)
+    assert sum(tokens for tokens, _ in drawn.values()) == 3072
+    assert drawn_tokens(rows, "two", ["first", "second"])["second"] == (256 * 6, 1.0)
+
+
+def test_the_drawn_mixture_is_the_same_for_every_optimizer(uninterrupted, tmp_path):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"), optimizer={"name": "sgd"})
+    assert run(spec) == [FINISHED]
+
+    def drawn(output: Path) -> List[Any]:
+        rows = read_metrics(output / "metrics.jsonl")
+        return [
+            [(key, value) for key, value in row.items() if key.startswith("data/")]
+            for row in rows
+            if row["step"] <= 18
+        ]
+
+    ours = drawn(tmp_path / "run")
+    assert len(ours) >= 18 and all(each for each in ours[1:])
+    assert ours == drawn(uninterrupted)
 
 
 def test_stages_are_planned_in_whole_batches(tmp_path):
