@@ -11,9 +11,12 @@ from ..engine.base import ALGORITHM
 from ..matrix.scion import LMO_RULES, Scion
 from ..wrappers.base import PREFIX
 
-__all__ = ["momentum_of", "set_momentum"]
+__all__ = ["MOMENTUM_KEYS", "momentum_of", "set_momentum"]
 
 MOMENTUM, BETAS = "momentum", "betas"
+
+MOMENTUM_KEYS = frozenset({MOMENTUM, BETAS})
+"""Keys of a parameter group of which :func:`set_momentum` sets one."""
 
 WEIGHT_OF_NEW = frozenset({Scion.algorithm, *LMO_RULES})
 """Rules whose ``momentum`` is the weight of the new gradient, one less its decay."""

@@ -15,7 +15,7 @@ from olmo_core.train.callbacks import Callback
 
 from ..engine.hyperparameters import FRACTION, NON_NEGATIVE, POSITIVE, Allowed, to_choice
 from ..schedulers.base import Clock, cycles_momentum, position, refuse_cycled_momentum
-from ..schedulers.momentum import momentum_of, set_momentum
+from ..schedulers.momentum import MOMENTUM_KEYS, momentum_of, set_momentum
 from .attached import optimizer_of
 
 __all__ = [
@@ -104,6 +104,8 @@ class HyperparameterSchedule:
         refuse_cycled_momentum(scheduler, where)
         self.initial = [self._get(group) for group in groups]
         self.allowed = self._allowed(groups)
+        keys = {"weight_decay"} if self.field == ScheduledField.weight_decay else MOMENTUM_KEYS
+        self._before = [{key: group[key] for key in keys & group.keys()} for group in groups]
         if not any(self.initial):
             raise OLMoConfigurationError(
                 f"{where}: the {self.what} is 0 in all parameter groups, allowed is an optimizer "
@@ -168,10 +170,9 @@ class HyperparameterSchedule:
         return values
 
     def reset(self, groups: Sequence[Group]) -> None:
-        """Set the initial values."""
-        for group, initial in zip(groups, self.initial):
-            if initial:
-                self._set(group, initial)
+        """Set the initial values, to the last bit."""
+        for group, before in zip(groups, self._before):
+            group.update(before)
 
 
 @dataclass

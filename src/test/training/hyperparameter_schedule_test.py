@@ -136,6 +136,20 @@ def test_a_second_trainer_continues_from_the_values_of_the_config():
     assert equal(weights(model), weights(other))
 
 
+@pytest.mark.parametrize("config", [ScionConfig(), MuonConfig(), SGDConfig()])
+def test_after_training_the_momentum_is_what_it_was_to_the_last_bit(config):
+    model = MixedShapes()
+    optim = config.build(model)
+    built = [dict(group) for group in optim.param_groups]
+    loop = Loop(optim)
+    loop.attach(Schedule("momentum", PolynomialScheduler(alpha_f=0.3)))
+    loop.step(model)
+    assert all(group != before for group, before in zip(optim.param_groups, built))
+    loop.close()
+    for group, before in zip(optim.param_groups, built):
+        assert {**group, "calls": 0, "params": 0} == {**before, "calls": 0, "params": 0}
+
+
 def test_it_is_torchs_step_with_that_weight_decay():
     model, other = MixedShapes(), MixedShapes()
     config = SGDConfig(lr=0.1, momentum=0.9, weight_decay=0.3, skip_step=False)
