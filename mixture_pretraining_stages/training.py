@@ -251,7 +251,7 @@ class JolmoModel:
     comet: Optional[Dict[str, Any]] = None
     """Fields of OLMo-core's ``CometCallback``."""
     comparison: Optional[ComparisonSpec] = None
-    """What ``olmo-optim compare`` compares; other commands refuse it."""
+    """What ``olmo-optim compare`` compares. ``pretrain`` refuses it."""
     cache: Optional[str] = None
     """Where tokenised text is kept; default is the user's cache folder."""
     output: str = "runs"

@@ -47,8 +47,16 @@ def queue_of(comparison: Comparison, worker: Optional[Worker] = None, **options:
 
 def train(run: RunPlan, observe: Callable[[int, float], bool]) -> Outcome:
     """What a run leaves, at once."""
+    return leave(run, observe, 0)
+
+
+def worse_with_other_seeds(run: RunPlan, observe: Callable[[int, float], bool]) -> Outcome:
+    return leave(run, observe, 100 * (run.seed - 42))
+
+
+def leave(run: RunPlan, observe: Callable[[int, float], bool], worse: float) -> Outcome:
     for step in (*range(EVERY, STEPS, EVERY), STEPS):
-        loss = loss_of(run.lr, run.seed, step)
+        loss = loss_of(run.lr, run.seed, step) + worse
         losses = {f"eval/validation/{name}/CE loss": loss for name in run.spec.sources}
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "stage": "one", "tokens": 0, **losses}) + "\n")
@@ -187,7 +195,7 @@ def search(tmp_path_factory) -> Queue:
     """The queue of a search that is over."""
     folder = tmp_path_factory.mktemp("search")
     queue = queue_of(plan(folder, section=MUON_ALONE, lrs=5, seeds=3, tune=True))
-    assert len(work(queue)) == 5 * 3
+    assert len(work(queue, worse_with_other_seeds)) == 5 * 3
     return queue
 
 
@@ -276,6 +284,7 @@ def test_a_trial_that_says_not_who_runs_it_is_made_after_a_while(tmp_path, monke
     assert len(work(queue)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")  # here without optimize()
 def test_a_trial_of_another_machine_is_made_when_its_heart_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "HEARTBEAT", 1)
     monkeypatch.setattr(study, "GRACE", 1)
@@ -307,15 +316,23 @@ def test_what_two_machines_put_in_the_queue_at_once_is_made_once(tmp_path, monke
     monkeypatch.setattr(optuna.Study, "enqueue_trial", first_the_other)
     one.refresh()
     assert len(trials(one, "adamw")) > 3
-    assert len(work(one)) == 3
+    made = []
+
+    def all_at_once(run: RunPlan, observe: Any) -> Outcome:
+        made.append(run.label)
+        other.run_next(all_at_once)
+        return train(run, observe)
+
+    assert one.run_next(all_at_once)
+    assert len(made) == len(set(made)) == 3
 
     def never(run: RunPlan, observe: Any) -> Outcome:
         raise AssertionError(run)
 
-    assert one.run_next(never)  # the second of the two
     # Asked for when another machine has just taken the last.
     monkeypatch.setattr(one, "_furthest_behind", lambda: "adamw")
-    assert one.run_next(never)
+    for _ in range(4):
+        assert one.run_next(never)
     one.refresh()
     assert counts(one) == {"complete": 3}
 

@@ -189,9 +189,9 @@ def test_metrics_are_read_on_and_again_when_some_were_dropped(tmp_path):
         keys = [f"eval/validation/{name}/CE loss" for name in ("first", "second")]
         return json.dumps({"step": step, "stage": "one", **dict.fromkeys(keys, loss)}) + "\n"
 
-    path.write_text(line(1, 3.0) + line(2, 2.0)[:-5])
-    assert metrics.read() == [(1, 3.0)]
-    path.write_text(line(1, 3.0) + line(2, 2.0))
+    path.write_text(line(1, 3.125) + line(2, 2.0)[:-5])
+    assert metrics.read() == [(1, 3.125)]
+    path.write_text(line(1, 3.125) + line(2, 2.0))
     assert metrics.read() == [(2, 2.0)]
     draft = path.with_suffix(".tmp")
     draft.write_text(line(1, 3.0))
