@@ -380,6 +380,28 @@ class Run:
             )
         return callbacks
 
+    def _build_loader(
+        self,
+        plan: StagePlan,
+        train_module: TransformerTrainModule,
+        tokenizer: Tokenizer,
+        sources: Dict[str, TokenizedSource],
+        collator: DataCollator,
+    ) -> ComposableDataLoader:
+        return ComposableDataLoader(
+            self._mixture(plan, sources),
+            collator=collator,
+            tokenizer=tokenizer.config,
+            work_dir=self._work_dir() / f"{plan.index:02d}",
+            global_batch_size=self.spec.global_batch_size,
+            dp_world_size=get_world_size(train_module.dp_process_group),
+            dp_rank=get_rank(train_module.dp_process_group),
+            fs_local_rank=get_fs_local_rank(),
+            seed=self.spec.seed + plan.index,
+            target_device_type=self.device.type,
+            display_source_visualization=False,
+        )
+
     def _build_trainer(
         self,
         plan: StagePlan,
@@ -391,19 +413,7 @@ class Run:
         collator = DataCollator(
             pad_token_id=tokenizer.config.pad_token_id, vocab_size=tokenizer.config.vocab_size
         )
-        loader = ComposableDataLoader(
-            self._mixture(plan, sources),
-            collator=collator,
-            tokenizer=tokenizer.config,
-            work_dir=self._work_dir() / f"{plan.index:02d}",
-            global_batch_size=spec.global_batch_size,
-            dp_world_size=get_world_size(train_module.dp_process_group),
-            dp_rank=get_rank(train_module.dp_process_group),
-            fs_local_rank=get_fs_local_rank(),
-            seed=spec.seed + plan.index,
-            target_device_type=self.device.type,
-            display_source_visualization=False,
-        )
+        loader = self._build_loader(plan, train_module, tokenizer, sources, collator)
         train_module.scheduler = StageScheduler(
             inner=spec.scheduler_config(), scale=plan.spec.lr_scale
         )

@@ -6,6 +6,8 @@ from .averaging import AveragingCallback, averaged, check_never_decays, export_a
 from .bad_batches import LOSS_NOT_FINITE_METRIC, BadBatchCallback
 from .hessian import CLIPPED_METRIC, HESSIAN_SHARE_METRIC, SophiaCallback
 from .last_weights import LastWeightsCallback
+from .lr_curve import LRSuggestion, suggest
+from .lr_finder import LRFinderCallback
 from .matrix_metrics import MatrixMetricsCallback, matrix_metric
 from .needed import needed_callbacks
 from .sharpness import SAMCallback
@@ -16,6 +18,8 @@ __all__ = [
     "LOSS_NOT_FINITE_METRIC",
     "AveragingCallback",
     "BadBatchCallback",
+    "LRFinderCallback",
+    "LRSuggestion",
     "LastWeightsCallback",
     "MatrixMetricsCallback",
     "SophiaCallback",
@@ -25,4 +29,5 @@ __all__ = [
     "export_averaged",
     "matrix_metric",
     "needed_callbacks",
+    "suggest",
 ]
