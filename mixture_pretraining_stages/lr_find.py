@@ -208,7 +208,10 @@ class LRFind:
                 "curve shows both, and its authors advise to leave lr at 1."
             )
         if isinstance(self._rule, AdafactorConfig):
-            return "adafactor's rate is the smaller of lr and 1 / sqrt(step)."
+            return (
+                "adafactor's rate is the smaller of lr and 1 / sqrt(step), so no test goes higher; "
+                "where the loss falls fastest at the end, lr=1 leaves the rate to 1 / sqrt(step)."
+            )
         return None
 
     def _write(self, found: FoundRates) -> None:

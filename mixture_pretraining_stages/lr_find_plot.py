@@ -38,9 +38,9 @@ def draw_range_test(
         axes.plot(x[good], y[good], ".", color="0.65", label="loss of a batch")
     if good.sum() > 2:
         axes.plot(x[good], fit(x[good], y[good]).losses, color="tab:blue", label="fit")
-        top = highest(y[good])
-        margin = 0.05 * (top - y[good].min())
-        axes.set_ylim(min(y[good].min() - margin, axes.get_ylim()[1]), top + margin)
+        bottom, top = y[good].min(), min(highest(y[good]), y[good].max())
+        margin = 0.05 * (top - bottom) or 1.0
+        axes.set_ylim(bottom - margin, top + margin)
     marks = (
         (suggestion.lr, "tab:green", "-", "suggestion"),
         (suggestion.minimum, "tab:orange", "--", "lowest loss"),
