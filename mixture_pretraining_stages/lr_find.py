@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 from filelock import FileLock, Timeout
-from olmo_core.data import DataCollator
 from olmo_core.distributed.utils import barrier, broadcast_object, get_rank, get_world_size
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
@@ -29,6 +28,8 @@ from olmo_optim_ext.elementwise.prodigy import ProdigyConfig
 from olmo_optim_ext.training import LRFinderCallback, LRSuggestion, needed_callbacks, suggest
 
 from .callbacks import ProgressBar, StopOnSignal
+from .decoding import to_plain
+from .handover import begin
 from .lr_find_plot import draw_range_test
 from .stages import Interrupted, Run
 from .training import JolmoModel
@@ -78,9 +79,12 @@ class LRFind:
     def __post_init__(self) -> None:
         self.spec.check(get_world_size())
         self.output = Path(self.spec.output)
-        config = self.spec.optimizer_config()
+        self.stage = self.spec.stages[0]
+        config = self.spec.optimizer_config(self.stage)
+        self._name = self.spec.optimizer_of(self.stage)["name"]
+        self._key = "optimizer" if self.stage.optimizer is None else "stages.0.optimizer"
         self._rule = config.rule_config if isinstance(config, ExtOptimConfig) else config
-        self.lr = _rate_of(config)
+        self.lr = _rate_of(config, self._key)
         self._set_range()
 
     def _set_range(self) -> None:
@@ -116,8 +120,9 @@ class LRFind:
         suggestion = suggest(rates, finder.losses)
         overrides = []
         if suggestion.lr is not None:
-            factor = suggestion.lr / self.lr / (self.spec.stages[0].lr_scale or 1.0)
-            overrides = _overrides(self.spec.optimizer, self.lr, factor)
+            factor = suggestion.lr / self.lr / (self.stage.lr_scale or 1.0)
+            fields = self.spec.optimizer_of(self.stage)
+            overrides = _overrides(fields, self._key, self.lr, factor)
         found = FoundRates(rates, finder.losses, suggestion, overrides, self._note())
         if get_rank() == 0:
             self._write(found)
@@ -125,13 +130,10 @@ class LRFind:
 
     def _test(self, work: Path) -> LRFinderCallback:
         assert self.min_lr is not None and self.max_lr is not None
-        stage = replace(self.spec.stages[0], tokens=self.steps * self.spec.global_batch_size)
-        name = f"{self.spec.name}, range test"
-        run = Run(replace(self.spec, name=name, stages=[stage], output=str(work)), self.console)
         finder = LRFinderCallback(
             low=self.min_lr / self.lr, high=self.max_lr / self.lr, steps=self.steps
         )
-        trainer = self._build_trainer(run, finder, work)
+        trainer = self._build_trainer(finder, work)
         try:
             trainer.fit()
         finally:
@@ -142,21 +144,27 @@ class LRFind:
             )
         return finder
 
-    def _build_trainer(self, run: Run, finder: LRFinderCallback, work: Path) -> Trainer:
-        (plan,) = run.plans
-        tokenizer, sources = run._prepare_data()
-        run.spec.build_on_meta(tokenizer.config.vocab_size)
-        module = run._build_train_module(tokenizer)
-        seed_all(self.spec.seed)
-        collator = DataCollator(
-            pad_token_id=tokenizer.config.pad_token_id, vocab_size=tokenizer.config.vocab_size
+    def _build_trainer(self, finder: LRFinderCallback, work: Path) -> Trainer:
+        # All that a run writes goes into the work folder.
+        run = Run(replace(self.spec, output=str(work)), self.console)
+        tokenizer, sources = run.prepare_data()
+        run.spec.build_on_meta(tokenizer.config.vocab_size, self.stage)
+        shares = run.shares(run.plans[0], sources)  # of the whole stage, which may be in tokens
+        plan = replace(run.plans[0], last_step=self.steps)
+        module = run.build_train_module(plan, tokenizer)
+        run.set_stage(plan, module)
+        self._say(
+            f"{self.spec.name}: range test of {self._name}, from a learning rate of "
+            f"{self.min_lr:.3g} to {self.max_lr:.3g} in {self.steps} steps of "
+            f"{plan.global_batch_size:,} tokens, {get_world_size()} rank(s) on {run.device.type}"
         )
-        return TrainerConfig(
-            save_folder=str(work),
+        seed_all(self.spec.seed)
+        trainer = TrainerConfig(
+            save_folder=str(plan.folder),
             work_dir=str(work),
             device=str(run.device),
             max_duration=Duration.steps(self.steps),
-            load_strategy=LoadStrategy.never,
+            load_strategy=LoadStrategy.never,  # begin() decides what is loaded
             no_checkpoints=True,
             no_evals=True,
             cancel_check_interval=sys.maxsize,  # StopOnSignal does it
@@ -168,7 +176,10 @@ class LRFind:
                 ),
                 **needed_callbacks(module.optim),
             },
-        ).build(module, run._build_loader(plan, module, tokenizer, sources, collator))
+        ).build(module, run.build_loader(plan, module, tokenizer, sources, shares))
+        for line in begin(trainer, run.spec, run.plans, plan, tokenizer.config.vocab_size):
+            self._say(line)
+        return trainer
 
     @contextmanager
     def _work_folder(self) -> Iterator[Path]:
@@ -201,6 +212,10 @@ class LRFind:
                 shutil.rmtree(work, ignore_errors=True)
                 lock.release()
 
+    def _say(self, text: str) -> None:
+        if get_rank() == 0:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def _note(self) -> Optional[str]:
         if isinstance(self._rule, ProdigyConfig):
             return (
@@ -217,7 +232,7 @@ class LRFind:
     def _write(self, found: FoundRates) -> None:
         result: Dict[str, Any] = {
             "name": self.spec.name,
-            "optimizer": self.spec.as_plain()["optimizer"],
+            "optimizer": to_plain(self.spec.optimizer_of(self.stage)),
             "lr": self.lr,
             "min_lr": self.min_lr,
             "max_lr": self.max_lr,
@@ -239,36 +254,40 @@ class LRFind:
             found.rates,
             found.losses,
             found.suggestion,
-            f"{self.spec.name} ({self.spec.optimizer['name']})",
+            f"{self.spec.name} ({self._name})",
             self.output / "lr_find.png",
         )
 
 
-def _rate_of(config: OptimConfig) -> float:
+def _rate_of(config: OptimConfig, key: str) -> float:
     if isinstance(config, ExtOptimConfig):
         lr = config.hyperparameters()["lr"]
     else:
         lr = getattr(config, "lr", None)
     allowed = "a finite number > 0, which lr-find multiplies"
-    _require(isinstance(lr, (int, float)) and 0 < lr < math.inf, "optimizer.lr", lr, allowed)
+    _require(isinstance(lr, (int, float)) and 0 < lr < math.inf, f"{key}.lr", lr, allowed)
     assert lr is not None
     return float(lr)
 
 
-def _overrides(optimizer: Mapping[str, Any], lr: float, factor: float) -> List[str]:
-    """``key=value`` that multiply all learning rates of an optimizer's spec."""
+def _overrides(optimizer: Mapping[str, Any], where: str, lr: float, factor: float) -> List[str]:
+    """
+    ``key=value`` that multiply all learning rates of an optimizer's spec.
+
+    :param where: The dotted key of the optimizer.
+    :param lr: Its rate, if the spec has none.
+    """
     rates: Dict[str, float] = {}
     inner = optimizer.get("inner") or {}
-    for where, fields in (("optimizer", optimizer), ("optimizer.inner", inner)):
-        for key in ("lr", "adamw_lr"):
-            if fields.get(key) is not None:
-                rates[f"{where}.{key}"] = fields[key]
+    for key, fields in ((where, optimizer), (f"{where}.inner", inner)):
+        for name in ("lr", "adamw_lr"):
+            if fields.get(name) is not None:
+                rates[f"{key}.{name}"] = fields[name]
         for index, override in enumerate(fields.get("group_overrides") or []):
-            for key in ("lr", "adamw_lr"):
-                if override["opts"].get(key) is not None:
-                    rates[f"{where}.group_overrides.{index}.opts.{key}"] = override["opts"][key]
-    if not {"optimizer.lr", "optimizer.inner.lr"} & rates.keys():
-        rates = {"optimizer.lr": lr, **rates}
+            if (own := override["opts"].get("lr")) is not None:
+                rates[f"{key}.group_overrides.{index}.opts.lr"] = own
+    if not {f"{where}.lr", f"{where}.inner.lr"} & rates.keys():
+        rates = {f"{where}.lr": lr, **rates}
     return [f"{key}={rate * factor:.3g}" for key, rate in rates.items()]
 
 

@@ -4,6 +4,7 @@ What a run needs beside the optimizer.
 
 from .averaging import AveragingCallback, averaged, check_never_decays, export_averaged
 from .bad_batches import LOSS_NOT_FINITE_METRIC, BadBatchCallback
+from .carry_over import Decision, carry_over
 from .hessian import CLIPPED_METRIC, HESSIAN_SHARE_METRIC, SophiaCallback
 from .last_weights import LastWeightsCallback
 from .lr_curve import LRSuggestion, suggest
@@ -18,6 +19,7 @@ __all__ = [
     "LOSS_NOT_FINITE_METRIC",
     "AveragingCallback",
     "BadBatchCallback",
+    "Decision",
     "LRFinderCallback",
     "LRSuggestion",
     "LastWeightsCallback",
@@ -25,6 +27,7 @@ __all__ = [
     "SophiaCallback",
     "SAMCallback",
     "averaged",
+    "carry_over",
     "check_never_decays",
     "export_averaged",
     "matrix_metric",
