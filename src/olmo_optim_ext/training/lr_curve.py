@@ -50,7 +50,7 @@ def diverged(losses: Sequence[float]) -> bool:
     Whether the last loss is not finite, or the smoothed one above 1.5 times that at the start or,
     as in fastai, above 4 times its best.
     """
-    if not losses:
+    if len(losses) == 0:
         return False
     if not math.isfinite(losses[-1]):
         return True
