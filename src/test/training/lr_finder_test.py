@@ -5,18 +5,17 @@ A range test in OLMo-core's trainer, and what it leaves of weights and optimizer
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional
+from typing import Any, ClassVar, Dict, Optional
 
 import pytest
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
-from olmo_core.optim import AdamWConfig as TheirAdamWConfig
 from olmo_core.optim import SkipStepAdamWConfig
 from olmo_core.optim.scheduler import ConstantScheduler, ExponentialScheduler
 from olmo_core.train import Trainer
 from olmo_core.train.callbacks import Callback
 
-from olmo_optim_ext import MuonConfig, list_optimizers
+from olmo_optim_ext import list_optimizers
 from olmo_optim_ext.training import LRFinderCallback
 from olmo_optim_ext.training.lr_finder import RangeScheduler, without_gate
 from olmo_optim_ext.training.snapshot import Snapshot
@@ -145,9 +144,7 @@ def make_test(
 ) -> Outcome:
     finder = LRFinderCallback(low=low, high=high, steps=steps)
     witness = Witness(bad_steps=bad_steps or {})
-    trainer = build_trainer(
-        folder, "ext_muon", witness, max_grad_norm=1.0, further=finder, lr=0.01
-    )
+    trainer = build_trainer(folder, "ext_muon", witness, max_grad_norm=1.0, further=finder, lr=0.01)
     if fails is not None:
         trainer.add_callback("fails", fails)
     module: Any = trainer.train_module
@@ -246,6 +243,4 @@ def test_olmo_cores_own_gate_is_off_and_knows_afterwards_what_it_knew():
 )
 def test_what_is_no_range_is_refused(fields: Dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(OLMoConfigurationError, match=message):
-        build_trainer(
-            tmp_path, "ext_adamw", Witness(), 1.0, further=LRFinderCallback(**fields)
-        )
+        build_trainer(tmp_path, "ext_adamw", Witness(), 1.0, further=LRFinderCallback(**fields))
