@@ -31,6 +31,8 @@ from .callbacks import ProgressBar, StopOnSignal
 from .decoding import to_plain
 from .handover import begin
 from .lr_find_plot import draw_range_test
+from .mixture import Share
+from .plans import StagePlan
 from .stages import Interrupted, Run
 from .training import JolmoModel
 
@@ -149,8 +151,9 @@ class LRFind:
         run = Run(replace(self.spec, output=str(work)), self.console)
         tokenizer, sources = run.prepare_data()
         run.spec.build_on_meta(tokenizer.config.vocab_size, self.stage)
-        shares = run.shares(run.plans[0], sources)  # of the whole stage, which may be in tokens
         plan = replace(run.plans[0], last_step=self.steps)
+        # Of the whole stage, as they may be in tokens.
+        shares = self._some_of(run.shares(run.plans[0], sources), plan)
         module = run.build_train_module(plan, tokenizer)
         run.set_stage(plan, module)
         self._say(
@@ -178,8 +181,18 @@ class LRFind:
             },
         ).build(module, run.build_loader(plan, module, tokenizer, sources, shares))
         for line in begin(trainer, run.spec, run.plans, plan, tokenizer.config.vocab_size):
-            self._say(line)
+            if str(work) not in line:  # nothing in there remains
+                self._say(line)
         return trainer
+
+    def _some_of(self, shares: List[Share], plan: StagePlan) -> List[Share]:
+        """Those of which the test has a sequence, in proportion."""
+        drawn = [s for s in shares if s.planned * plan.tokens >= plan.sequence_length]
+        for share in shares:
+            if share not in drawn:
+                self._say(f"lr-find: nothing from {share.source}, which is less than a sequence")
+        total = sum(share.planned for share in drawn)
+        return [share._replace(planned=share.planned / total) for share in drawn]
 
     @contextmanager
     def _work_folder(self) -> Iterator[Path]:

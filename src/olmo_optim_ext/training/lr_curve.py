@@ -150,7 +150,7 @@ def _judge(rates: Sequence[float], losses: Sequence[float], at: Optional[float])
     if fall < max(3 * noise, 0.01 * start):
         level = f"the loss never fell clearly below {start:.3g}, that at the start"
         if at is not None:
-            reason = f"{level}, before it diverged: begin at a lower rate"
+            reason = f"{level}, before it diverged: begin at a lower rate or take more steps"
         else:
             reason = f"{level} (its noise is {noise:.2g}): go to higher rates or take more steps"
         return LRSuggestion(None, reason, None, None, at)
