@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from olmo_core.distributed.checkpoint import load_model_and_optim_state
@@ -129,7 +129,10 @@ def _in_words(plan: StagePlan, decisions: Sequence[Decision]) -> List[str]:
         if state == "step" and why.endswith(" updates"):
             why = "the count of updates"
         lines.append(f"  goes over, for {n} parameter(s): {source} -> {state}, {why}")
+    by_reason: Dict[Tuple[str, int], List[str]] = {}
     for (state, why), n in anew.items():
-        lines.append(f"  begins anew, for {n} parameter(s): {state}, {why}")
+        by_reason.setdefault((why, n), []).append(state)
+    for (why, n), states in by_reason.items():
+        lines.append(f"  begins anew, for {n} parameter(s): {', '.join(states)}; {why}")
     lines.append(f"  each decision: {plan.folder / CARRIED}")
     return lines

@@ -3,9 +3,7 @@ A learning-rate range test of an experiment: its model, the data of its first st
 optimizer in a trainer of their own, beside whatever its output folder has already.
 """
 
-import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -19,44 +17,36 @@ from olmo_core.distributed.utils import barrier, broadcast_object, get_rank, get
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
+from olmo_core.train.callbacks import Callback
 from olmo_core.utils import seed_all
 from rich.console import Console
 
 from olmo_optim_ext.config import ExtOptimConfig
 from olmo_optim_ext.elementwise.adafactor import AdafactorConfig
 from olmo_optim_ext.elementwise.prodigy import ProdigyConfig
-from olmo_optim_ext.training import LRFinderCallback, LRSuggestion, needed_callbacks, suggest
+from olmo_optim_ext.training import (
+    ClipGradValueCallback,
+    LRFinderCallback,
+    needed_callbacks,
+    suggest,
+)
 
 from .callbacks import ProgressBar, StopOnSignal
 from .decoding import to_plain
 from .handover import begin
-from .lr_find_plot import draw_range_test
+from .lr_find_report import FoundRates, write_found
 from .mixture import Share
 from .plans import StagePlan
 from .stages import Interrupted, Run
 from .training import JolmoModel
 
-__all__ = ["DECADES", "FoundRates", "LRFind"]
+__all__ = ["DECADES", "LRFind"]
 
 DECADES = 3
 """How far the rates of a test go from that of the spec, in both directions."""
 
 WORK = "lr_find.work"
 """Folder of what a test needs on disk while it runs."""
-
-
-@dataclass(frozen=True)
-class FoundRates:
-    """What a test has found. Rates are in the units of the optimizer's ``lr``."""
-
-    rates: List[float]
-    losses: List[float]
-    """After the step with each rate; the last one may be infinite or NaN."""
-    suggestion: LRSuggestion
-    overrides: List[str]
-    """``key=value`` that give the spec the rate of the suggestion; empty if there is none."""
-    note: Optional[str]
-    """What to know of the rate of this optimizer."""
 
 
 @dataclass
@@ -127,7 +117,15 @@ class LRFind:
             overrides = _overrides(fields, self._key, self.lr, factor)
         found = FoundRates(rates, finder.losses, suggestion, overrides, self._note())
         if get_rank() == 0:
-            self._write(found)
+            asked = {
+                "name": self.spec.name,
+                "optimizer": to_plain(self.spec.optimizer_of(self.stage)),
+                "lr": self.lr,
+                "min_lr": self.min_lr,
+                "max_lr": self.max_lr,
+                "steps": self.steps,
+            }
+            write_found(found, asked, self.output)
         return found
 
     def _test(self, work: Path) -> LRFinderCallback:
@@ -162,6 +160,14 @@ class LRFind:
             f"{plan.global_batch_size:,} tokens, {get_world_size()} rank(s) on {run.device.type}"
         )
         seed_all(self.spec.seed)
+        callbacks: Dict[str, Callback] = {
+            "lr_finder": finder,
+            "stop_on_signal": StopOnSignal(),
+            "progress": ProgressBar(console=self.console, stage="lr-find", last_step=self.steps),
+            **needed_callbacks(module.optim),
+        }
+        if (largest := self.spec.max_grad_value) is not None:
+            callbacks["clip_grad_value"] = ClipGradValueCallback(largest)
         trainer = TrainerConfig(
             save_folder=str(plan.folder),
             work_dir=str(work),
@@ -171,14 +177,7 @@ class LRFind:
             no_checkpoints=True,
             no_evals=True,
             cancel_check_interval=sys.maxsize,  # StopOnSignal does it
-            callbacks={
-                "lr_finder": finder,
-                "stop_on_signal": StopOnSignal(),
-                "progress": ProgressBar(
-                    console=self.console, stage="lr-find", last_step=self.steps
-                ),
-                **needed_callbacks(module.optim),
-            },
+            callbacks=callbacks,
         ).build(module, run.build_loader(plan, module, tokenizer, sources, shares))
         for line in begin(trainer, run.spec, run.plans, plan, tokenizer.config.vocab_size):
             if str(work) not in line:  # nothing in there remains
@@ -241,35 +240,6 @@ class LRFind:
                 "where the loss falls fastest at the end, lr=1 leaves the rate to 1 / sqrt(step)."
             )
         return None
-
-    def _write(self, found: FoundRates) -> None:
-        result: Dict[str, Any] = {
-            "name": self.spec.name,
-            "optimizer": to_plain(self.spec.optimizer_of(self.stage)),
-            "lr": self.lr,
-            "min_lr": self.min_lr,
-            "max_lr": self.max_lr,
-            "steps": self.steps,
-            "suggestion": found.suggestion.lr,
-            "reason": found.suggestion.reason,
-            "steepest": found.suggestion.steepest,
-            "minimum": found.suggestion.minimum,
-            "diverged_at": found.suggestion.diverged_at,
-            "overrides": found.overrides,
-            "note": found.note,
-            "rates": found.rates,
-            "losses": [loss if math.isfinite(loss) else None for loss in found.losses],
-        }
-        draft = self.output / "lr_find.tmp"
-        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.output / "lr_find.json")
-        draw_range_test(
-            found.rates,
-            found.losses,
-            found.suggestion,
-            f"{self.spec.name} ({self._name})",
-            self.output / "lr_find.png",
-        )
 
 
 def _rate_of(config: OptimConfig, key: str) -> float:

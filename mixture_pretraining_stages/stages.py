@@ -40,7 +40,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
+from olmo_optim_ext.training import (
+    ClipGradValueCallback,
+    HyperparameterScheduleCallback,
+    MatrixMetricsCallback,
+    averaged,
+    needed_callbacks,
+)
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
@@ -56,7 +62,7 @@ from .evaluation import SourceEvaluator, build_evaluator
 from .folder import claim, write_config
 from .handover import begin
 from .mixture import DrawnTokens, MixtureLoader, Share, build_mixture, share_out
-from .plans import StagePlan, plan_stages
+from .plans import StagePlan, over_run, plan_stages
 from .report import draw_curves, mixture_table, validation_table
 from .sources import TokenizedSource, prepare_source
 from .tokenizers import Tokenizer, load_tokenizer
@@ -111,6 +117,9 @@ class Run:
             for plan in self.plans:
                 self.spec.build_on_meta(tokenizer.config.vocab_size, plan.spec)
             shares = [self.shares(plan, sources) for plan in self.plans]
+            if self.spec.warm_start is not None:
+                checkpoints.weights_of(self.spec.warm_start.path)
+            self._trackers("")
             write_config(self.spec)
             if incomplete := self._incomplete():
                 train_module = self.build_train_module(incomplete[0], tokenizer)
@@ -320,7 +329,18 @@ class Run:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer
             )
-        run_name = f"{spec.name}-{name}"
+        for scheduled, scheduler in spec.hyperparameter_schedulers().items():
+            schedule = HyperparameterScheduleCallback(scheduled, over_run(scheduler, self.plans))
+            callbacks[f"{scheduled}_schedule"] = schedule
+        if spec.max_grad_value is not None:
+            callbacks["clip_grad_value"] = ClipGradValueCallback(spec.max_grad_value)
+        return {**callbacks, **self._trackers(name)}
+
+    def _trackers(self, stage: str) -> Dict[str, Callback]:
+        """Of W&B and Comet, if they are asked for."""
+        spec = self.spec
+        callbacks: Dict[str, Callback] = {}
+        run_name = f"{spec.name}-{stage}"
         if spec.wandb is not None:
             _require_package("wandb")
             fields = {"name": run_name, "group": spec.name, **spec.wandb}

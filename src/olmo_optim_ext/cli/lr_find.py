@@ -11,7 +11,8 @@ from olmo_core.distributed.utils import get_rank
 from rich.table import Table
 
 from mixture_pretraining_stages import launch
-from mixture_pretraining_stages.lr_find import FoundRates, LRFind
+from mixture_pretraining_stages.lr_find import LRFind
+from mixture_pretraining_stages.lr_find_report import FoundRates
 
 from .app import CONFIG_HELP, app, console, load
 

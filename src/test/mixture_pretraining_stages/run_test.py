@@ -329,7 +329,7 @@ def test_a_damaged_config_is_named(uninterrupted, tmp_path):
     assert run(spec) == [2]
 
 
-WARM = {
+WARM: Dict[str, Dict[str, Any]] = {
     "weights": {},
     "the same optimizer": {"optimizer_state": True},
     "another optimizer": {"optimizer_state": True, "optimizer": {"name": "adamw"}},

@@ -42,6 +42,12 @@ def build(optim: OptimConfig, device: str = "cpu") -> Tuple[Any, Any]:
     return model, optim.build(model)
 
 
+def left_by(optim: OptimConfig) -> Tuple[Any, Any]:
+    """What is known of the optimizer that has left a checkpoint, and of its model."""
+    model, before = build(optim, "meta")
+    return before, model
+
+
 def train(model: Any, optim: Any, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -176,7 +182,7 @@ def test_the_history_of_the_gate_goes_over(tmp_path):
     train(model, before, range(1))
     save_model_and_optim_state(tmp_path, model, before, flatten_optimizer_state=True)
     _, after = build(config("soap"))
-    carry_over(after, *reversed(build(config("ext_adamw"), "meta")), str(tmp_path))
+    carry_over(after, *left_by(config("ext_adamw")), str(tmp_path))
     assert after.shared["gate_count"].tolist() == [1, 1]
     assert after.shared["gate_history"][:, -1].tolist() == [3.0, 0.5]
 
@@ -186,7 +192,7 @@ def test_olmo_cores_adamw_goes_on_as_ours(tmp_path):
     train(model, before, range(STEPS))
     save_model_and_optim_state(tmp_path, model, before, flatten_optimizer_state=True)
     _, after = build(config("ext_adamw"))
-    carry_over(after, *reversed(build(AdamWConfig(lr=1e-3), "meta")), str(tmp_path))
+    carry_over(after, *left_by(AdamWConfig(lr=1e-3)), str(tmp_path))
     new = by_name(after)
     for name, param in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq", "step"):
@@ -196,9 +202,7 @@ def test_olmo_cores_adamw_goes_on_as_ours(tmp_path):
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_takes_adamws_state_and_steps(name, adamw_checkpoint):
     model, after = build(config(name))
-    decisions = carry_over(
-        after, *reversed(build(config("ext_adamw"), "meta")), str(adamw_checkpoint)
-    )
+    decisions = carry_over(after, *left_by(config("ext_adamw")), str(adamw_checkpoint))
     states = {(d.parameter, d.state) for d in decisions}
     shared = {key for key in after.shared if key.startswith("gate_")}
     for param, state in after.state.items():
@@ -226,7 +230,7 @@ def carried(name: str, folder: Path) -> Any:
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optim = config(name).build(model)
-    carry_over(optim, *reversed(build(config("ext_adamw"), "meta")), str(folder))
+    carry_over(optim, *left_by(config("ext_adamw")), str(folder))
     return optim
 
 

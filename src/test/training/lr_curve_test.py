@@ -41,7 +41,7 @@ def test_the_mean_is_that_of_exponential_weights():
 
 def test_the_fit_of_a_line_is_the_line_up_to_its_ends():
     line = 3 - 0.1 * np.log10(RATES)
-    curve = fit(RATES, line)
+    curve = fit(RATES, [*line])
     np.testing.assert_allclose(curve.losses, line)
     np.testing.assert_allclose(curve.slopes, -0.1)
 
