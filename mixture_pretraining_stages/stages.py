@@ -63,8 +63,10 @@ from .callbacks import (
 )
 from .decoding import decode_fields
 from .evaluation import build_evaluator
+from .facts import RunFacts
 from .report import draw_curves, validation_table
 from .sources import TokenizedSource, prepare_source
+from .timing import StepTimer
 from .tokenizers import Tokenizer, load_tokenizer
 from .training import JolmoModel, StageSpec
 
@@ -355,6 +357,8 @@ class Run:
             ),
             "stop_on_signal": StopOnSignal(),
             "metrics_file": MetricsFile(path=self.metrics_path, stage=name),
+            "timer": StepTimer(),
+            "facts": RunFacts(path=self.output / "run.json", stage=name),
             "progress": ProgressBar(
                 console=self.console,
                 stage=name,

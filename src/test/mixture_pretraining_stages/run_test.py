@@ -106,7 +106,8 @@ def test_what_the_optimizer_reports_is_among_the_metrics(uninterrupted):
     by_step = {row["step"]: {k: v for k, v in row.items() if k.endswith("/matrix")} for row in rows}
     assert [step for step, values in by_step.items() if values] == [5, 10, 15]
     for step in (5, 10, 15):
-        assert len(by_step[step]) == 4
+        assert len(by_step[step]) == 5
+        assert by_step[step]["optim/failed orthogonalisations/matrix"] == 0
         assert 0 < by_step[step]["optim/relative effective rank/matrix"] <= 1
         assert 0.1 < by_step[step]["optim/update RMS/matrix"] < 0.3
     assert not any("blocks." in key for row in rows for key in row)
