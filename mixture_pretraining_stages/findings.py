@@ -38,7 +38,13 @@ def describe_difference(arm: Arm) -> str:
     if arm.difference is None:
         return "-"
     mean, low, high, _ = arm.difference
-    return f"{mean:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+    if low is None or high is None:
+        return _signed(mean)
+    return f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 4) + 0.0:+.4f}"  # no -0.0000
 
 
 def statement(study: Study) -> List[str]:
@@ -91,8 +97,8 @@ def notes(study: Study) -> List[str]:
     claims = [arm for arm in study.arms if arm.difference is not None]
     if len(claims) > 4:
         found.append(
-            f"Intervals are for one comparison each: of {len(claims)} arms that are like the "
-            f"baseline, about {0.05 * len(claims):.1f} lie outside theirs by chance."
+            f"Intervals are for one comparison each: if all {len(claims)} arms were like the "
+            f"baseline, about {0.05 * len(claims):.1f} would still be told from it by chance."
         )
     if any(arm.reached is not None for arm in study.arms):
         found.append(

@@ -330,7 +330,7 @@ def _drawn(run: RunResult) -> Dict[Place, float]:
             stage = row["stage"]
             tokens[stage, source] = tokens.get((stage, source), 0.0) + count
             of_stage[stage] = of_stage.get(stage, 0.0) + count
-    return {place: count / (of_stage[place[0]] or 1.0) for place, count in tokens.items()}
+    return {place: count / of_stage[place[0]] for place, count in tokens.items() if count}
 
 
 def _asked(config: Mapping[str, Any]) -> Dict[Place, float]:

@@ -143,10 +143,11 @@ def _arms(content: Content) -> str:
         cells = arm_row(each.arm)
         row = []
         for column in COLUMNS:
-            sample = _line(each.style) if column is ARM else ""
-            verdict = cells[VERDICT.title] if column is VERDICT else ""
-            kind = verdict if verdict in ("better", "worse") else ""
-            row.append(f"<td{_class(column.text, kind)}>{sample}{escape(cells[column.title])}</td>")
+            cell = escape(cells[column.title])
+            if column is ARM:
+                cell = f'<div class="name">{_line(each.style)}<span>{cell}</span></div>'
+            claims = column is VERDICT and cell in ("better", "worse")
+            row.append(f"<td{_class(column.text, cell if claims else '')}>{cell}</td>")
         rows.append(f"<tr>{''.join(row)}</tr>")
     return (
         f'<div class="scroll"><table class="arms"><thead><tr>{head}</tr></thead>'
@@ -177,7 +178,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[s
 
 def _line(style: Style) -> str:
     return (
-        '<svg class="line" width="30" height="10" aria-hidden="true"><line x1="0" y1="5" x2="30" '
+        '<svg class="line" width="26" height="10" aria-hidden="true"><line x1="0" y1="5" x2="26" '
         f'y2="5" stroke="{style.color}" stroke-width="2.5" stroke-dasharray="{LINES[style.dash]}"/>'
         "</svg>"
     )

@@ -33,6 +33,7 @@ RATES_OF_A_TUNED_ARM = 3
 
 BETTER, WORSE, TIE, TOO_FEW = "better", "worse", "tie", f"needs {SEEDS_FOR_A_CLAIM} seeds"
 BASELINE, NOTHING = "baseline", "no result"
+NO_BASELINE, NO_PAIRS = "no baseline", "no common seeds"
 
 EDGE = "edge"
 SEEDS_MISSING = "seeds missing"
@@ -259,15 +260,15 @@ def _baseline(arms: Sequence[Arm], comparisons: Sequence[Comparison]) -> Optiona
 
 
 def _compared(arm: Arm, baseline: Optional[Arm]) -> Arm:
-    verdict, difference, reached = NOTHING, None, None
-    if baseline is not None and baseline.best is not None and arm.best is not None:
-        target = baseline.best.mean
-        assert target is not None
-        reached = reach(mean_curve(arm.best.finished), target)
-        verdict = BASELINE
-        if arm.name != baseline.name:
-            difference = _difference(arm.best.losses, baseline.best.losses)
-            verdict = difference.verdict if difference else NOTHING
+    if arm.best is None:
+        return arm
+    if baseline is None or baseline.best is None or baseline.best.mean is None:
+        return replace(arm, verdict=NO_BASELINE)
+    reached = reach(mean_curve(arm.best.finished), baseline.best.mean)
+    if arm.name == baseline.name:
+        return replace(arm, reached=reached, verdict=BASELINE)
+    difference = _difference(arm.best.losses, baseline.best.losses)
+    verdict = difference.verdict if difference else NO_PAIRS
     return replace(arm, difference=difference, reached=reached, verdict=verdict)
 
 

@@ -9,7 +9,9 @@
   };
   for (const [key, figure] of Object.entries(figures)) {
     plots[key] = document.getElementById("plot-" + key);
-    Plotly.newPlot(plots[key], figure.data, figure.layout, config);
+    // Bars need no zoom, and its buttons would cover their legend.
+    const displayModeBar = figure.layout.barmode ? false : "hover";
+    Plotly.newPlot(plots[key], figure.data, figure.layout, { ...config, displayModeBar });
   }
 
   function show(name, visible) {

@@ -14,6 +14,8 @@ from typing import List, Tuple
 import pytest
 
 import olmo_optim_ext
+from mixture_pretraining_stages.facts import read_facts, state_bytes
+from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext import cli
 from olmo_optim_ext.cli.catalog import field_docs
 
@@ -156,6 +158,20 @@ def test_two_ranks_share_the_matrices(two_ranks):
     matrices = [row for row in rows if row["algorithm"] == "muon"]
     assert {row["path"] for row in matrices} == {"rows"}
     assert {owner for row in matrices for owner in row["owners"]} == {0, 1}
+
+
+def test_the_state_of_two_ranks_is_counted_together(two_ranks):
+    folder, _ = two_ranks
+    _, optim = load_spec(folder / "spec.yaml").build_on_meta(258)
+    shared = sum(
+        value.numel() * value.element_size()
+        for param, state in optim.state.items()
+        for value in state.values()
+        if value.shape != param.shape
+    )
+    facts = read_facts(folder / "run" / "run.json")
+    assert facts["state_bytes"]["two"] == state_bytes(optim) + shared
+    assert facts["ranks"] == 2
 
 
 def test_two_ranks_print_once_and_train_like_one(two_ranks):

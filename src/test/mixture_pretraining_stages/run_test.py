@@ -3,6 +3,7 @@ Whole runs of a tiny experiment: what they leave behind, and that nothing interr
 """
 
 import json
+import platform
 import random
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
 from mixture_pretraining_stages.callbacks import read_metrics
+from mixture_pretraining_stages.facts import read_facts, state_bytes
 from mixture_pretraining_stages.stages import plan_stages
+from mixture_pretraining_stages.timing import OPTIMIZER_SECONDS, STEP_SECONDS
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
@@ -87,7 +90,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
-    for name in ("config.yaml", "roles.txt", "roles.json", "metrics.jsonl", "curves.png"):
+    names = ("config.yaml", "roles.txt", "roles.json", "metrics.jsonl", "curves.png", "run.json")
+    for name in names:
         assert (uninterrupted / name).stat().st_size > 0, name
     rows = [r for r in read_metrics(uninterrupted / "metrics.jsonl") if "train/CE loss" in r]
     assert [row["step"] for row in rows] == list(range(1, 19))
@@ -99,6 +103,24 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     roles = {row["name"]: row for row in json.loads((uninterrupted / "roles.json").read_text())}
     assert roles["blocks.0.attention.w_q.weight"]["algorithm"] == "muon"
     assert roles["lm_head.w_out.weight"]["algorithm"] == "adamw"
+
+
+def assert_timed(output: Path) -> None:
+    rows = [r for r in read_metrics(output / "metrics.jsonl") if "train/CE loss" in r]
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    for row in rows:
+        assert 0 < row[OPTIMIZER_SECONDS] < row[STEP_SECONDS] < 60
+
+
+def test_each_step_is_timed_and_a_run_says_what_it_was_made_with(uninterrupted):
+    assert_timed(uninterrupted)
+    facts = read_facts(uninterrupted / "run.json")
+    model, optim = load_spec(uninterrupted / "config.yaml").build_on_meta(258)
+    assert facts["parameters"] == sum(param.numel() for param in model.parameters())
+    assert facts["state_bytes"] == dict.fromkeys(("one", "two"), state_bytes(optim))
+    assert (facts["ranks"], facts["device"]["type"]) == (1, "cpu")
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == platform.python_version()
 
 
 def test_what_the_optimizer_reports_is_among_the_metrics(uninterrupted):
@@ -207,6 +229,7 @@ def test_killed_at_ten_random_moments_it_ends_as_uninterrupted(uninterrupted, tm
     print(moments, codes)
     assert codes.count(KILLED) >= 5
     assert codes[-1] == FINISHED
+    assert_timed(tmp_path / "run")
     assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
 
 
