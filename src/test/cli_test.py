@@ -20,6 +20,7 @@ from olmo_optim_ext import cli
 from olmo_optim_ext.cli.catalog import field_docs
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
+from .mixture_pretraining_stages.synthetic import write_run
 
 
 @pytest.fixture
@@ -84,6 +85,8 @@ def test_the_quickstart_is_the_default(call):
         (["pretrain", "--fast"], "--fast"),
         (["roles", "model=olmo9"], "olmo9"),
         (["dance"], "dance"),
+        (["report"], "RUNS"),
+        (["report", "{tmp}"], "neither a run nor a comparison"),
         (["pretrain", "output=/proc/nothing"], "output: /proc/nothing cannot be written"),
         (["pretrain", "tokenizer=nowhere.json", "output={tmp}/a"], "nowhere.json"),
         (["pretrain", "sources.code.builtin=perl-code", "output={tmp}/b"], "perl-code"),
@@ -113,6 +116,15 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, message, call, tm
     assert re.search(message, out + err)
     assert "Traceback" not in out + err
     assert len((out + err).strip().splitlines()) == 1
+
+
+def test_a_report_prints_its_table_and_where_it_is(call, tmp_path):
+    run = write_run(tmp_path / "run", 1.25, name="[bold]name[/bold]")
+    code, out, _ = call("report", str(run), "--output", str(tmp_path / "out"))
+    assert code == 0
+    assert re.search(r"^ muon +0\.01 +1\.2500 +1/1 +- +no baseline", out, re.MULTILINE)
+    assert f"The report: {tmp_path / 'out' / 'report.html'}" in out
+    assert "[bold]name[/bold]" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_tokens_outside_the_vocabulary_are_refused(call, tmp_path):
