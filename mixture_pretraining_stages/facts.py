@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,15 +27,18 @@ PACKAGES = ("torch", "ai2-olmo-core", "olmo-optim-ext")
 @dataclass
 class RunFacts(Callback):
     """
-    Writes ``run.json``: ``parameters``, ``state_bytes`` of the optimizer in each stage, ``ranks``,
-    ``device``, ``versions``, ``command`` and ``time`` (UTC) of the last start.
+    Writes ``run.json``: ``parameters``; by stage ``state_bytes`` of the optimizer and the mixture
+    that was ``asked`` for; ``ranks``, ``device``, ``versions``, ``command`` and ``time`` (UTC) of
+    the last start.
 
     :param path: Of the file.
     :param stage: Its name.
+    :param asked: The share of each source in the stage's tokens.
     """
 
     path: Path = Path("run.json")
     stage: str = ""
+    asked: Dict[str, float] = field(default_factory=dict)
 
     _counted: bool = False
 
@@ -56,12 +59,14 @@ class RunFacts(Callback):
             return
         module = self.trainer.train_module
         assert isinstance(module, TransformerTrainModule)
-        states = read_facts(self.path).get("state_bytes", {})
+        before = read_facts(self.path)
+        states = before.get("state_bytes", {})
         if its_state is not None:
             states[self.stage] = its_state
         facts = {
             "parameters": sum(param.numel() for param in module.model.parameters()),
             "state_bytes": states,
+            "asked": {**before.get("asked", {}), self.stage: self.asked},
             "ranks": get_world_size(),
             "device": {"type": self.trainer.device.type, "name": _name_of(self.trainer.device)},
             "versions": {"python": platform.python_version(), **_versions()},

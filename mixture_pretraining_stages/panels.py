@@ -293,7 +293,7 @@ def _mixture(drawn: Sequence[Drawn]) -> Optional[Panel]:
     runs = [run for each in drawn for run in each.runs if any(map(_drawn_tokens, run.rows))]
     if not runs:
         return None
-    asked, shares = _asked(runs[0].config), [_drawn(run) for run in runs]
+    asked, shares = _asked(runs[0].facts), [_drawn(run) for run in runs]
     places = _each_once(place for each in (asked, *shares) for place in each)
     drawn_shares: List[Optional[float]] = [
         fmean(each.get(place, 0.0) for each in shares) for place in places
@@ -333,15 +333,12 @@ def _drawn(run: RunResult) -> Dict[Place, float]:
     return {place: count / of_stage[place[0]] for place, count in tokens.items() if count}
 
 
-def _asked(config: Mapping[str, Any]) -> Dict[Place, float]:
-    """The shares of a config's stages whose mixtures are weights."""
-    out: Dict[Place, float] = {}
-    for stage in config.get("stages") or []:
-        weights = stage.get("mixture")
-        if isinstance(weights, dict) and all(isinstance(w, (int, float)) for w in weights.values()):
-            total = sum(weights.values()) or 1.0
-            out.update({(str(stage.get("name")), k): w / total for k, w in weights.items() if w})
-    return out
+def _asked(facts: Mapping[str, Any]) -> Dict[Place, float]:
+    return {
+        (stage, source): share
+        for stage, shares in (facts.get("asked") or {}).items()
+        for source, share in shares.items()
+    }
 
 
 def _each_once(values: Iterable[Any]) -> List[Any]:

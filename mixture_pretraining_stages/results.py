@@ -19,7 +19,7 @@ from .callbacks import read_metrics
 from .evaluation import EVALUATOR
 from .facts import read_facts
 from .lone_runs import name_arms
-from .stages import plan_stages
+from .plans import plan_stages
 from .timing import STEP_SECONDS
 from .training import load_spec
 

@@ -219,7 +219,12 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                     f"{_name(self)}: 'params' of 'group_overrides' {index} is {patterns!r}, "
                     "allowed is a list of names or patterns"
                 )
-            expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
+            try:
+                expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
+            except OLMoConfigurationError as error:
+                raise OLMoConfigurationError(
+                    f"{_name(self)}: 'group_overrides' {index}: {error}"
+                ) from None
             for name in dict.fromkeys(expanded.params):
                 if name in by_name:
                     raise OLMoConfigurationError(

@@ -65,6 +65,9 @@ def test_roles_are_those_of_the_config(call, tmp_path):
     code, out, _ = call("roles", path, "optimizer.muon_on_lm_head=true", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert rows["lm_head.w_out.weight"]["algorithm"] == "muon"
+    override = "stages.1.optimizer={name: adamw}"
+    code, out, _ = call("roles", path, override, "--stage", "two")
+    assert code == 0 and "muon" not in out
     assert not (tmp_path / "run").exists()
 
 
@@ -84,6 +87,7 @@ def test_the_quickstart_is_the_default(call):
         (["pretrain", "--nproc", "3"], "global_batch_size: 4096.*"),
         (["pretrain", "--fast"], "--fast"),
         (["roles", "model=olmo9"], "olmo9"),
+        (["roles", "--stage", "aneal"], "--stage: 'aneal'.*anneal"),
         (["dance"], "dance"),
         (["report"], "RUNS"),
         (["report", "{tmp}"], "neither a run nor a comparison"),

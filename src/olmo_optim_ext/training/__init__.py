@@ -4,6 +4,7 @@ What a run needs beside the optimizer.
 
 from .averaging import AveragingCallback, averaged, check_never_decays, export_averaged
 from .bad_batches import LOSS_NOT_FINITE_METRIC, BadBatchCallback
+from .carry_over import Decision, carry_over
 from .hessian import CLIPPED_METRIC, HESSIAN_SHARE_METRIC, SophiaCallback
 from .last_weights import LastWeightsCallback
 from .matrix_metrics import MatrixMetricsCallback, matrix_metric
@@ -16,11 +17,13 @@ __all__ = [
     "LOSS_NOT_FINITE_METRIC",
     "AveragingCallback",
     "BadBatchCallback",
+    "Decision",
     "LastWeightsCallback",
     "MatrixMetricsCallback",
     "SophiaCallback",
     "SAMCallback",
     "averaged",
+    "carry_over",
     "check_never_decays",
     "export_averaged",
     "matrix_metric",

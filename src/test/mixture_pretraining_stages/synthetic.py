@@ -83,6 +83,7 @@ def write_facts(folder: Path, **changes: Any) -> None:
     facts = {
         "parameters": 1000,
         "state_bytes": {"one": 4000, "two": 8000},
+        "asked": {"one": {"first": 0.75, "second": 0.25}, "two": {"second": 1.0}},
         "ranks": 1,
         "device": {"type": "cpu", "name": "a processor"},
         "versions": {"python": "3.11.1", "torch": "2.13.0", "ai2-olmo-core": "3.0.0"},
