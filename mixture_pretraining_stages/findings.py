@@ -159,8 +159,8 @@ def _on_runs(study: Study) -> List[str]:
     found = []
     for state, words in (
         (FAILED, "failed or diverged"),
-        (RUNNING, "are not finished"),
-        (PRUNED, "were pruned"),
+        (RUNNING, "not finished"),
+        (PRUNED, "pruned"),
     ):
         counts = {arm.name: count for arm in study.arms if (count := arm.count(state))}
         if counts:
@@ -169,7 +169,7 @@ def _on_runs(study: Study) -> List[str]:
     missing = {arm.name: arm.missing for arm in study.arms if arm.missing}
     if missing:
         told = _join(f"{name} {count}" for name, count in missing.items())
-        found.append(f"{_count(sum(missing.values()), 'run')} have not begun: {told}.")
+        found.append(f"{_count(sum(missing.values()), 'run')} not begun: {told}.")
     broken = [
         f"{arm.name} at {_join('?' if rate.lr is None else f'{rate.lr:g}' for rate in rates)}"
         for arm in study.arms

@@ -13,10 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from .criteria import check_criteria
+from .drawn import Drawn, draw
 from .extras import require
 from .figures_png import draw_png
 from .findings import notes, statement
-from .panels import Drawn, draw, panels
+from .panels import panels
 from .report_page import Content, render
 from .report_tables import COLUMNS, arm_row, rate_text
 from .results import Results, RunResult, load_runs

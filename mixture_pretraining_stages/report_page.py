@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, List, Mapping, Sequence
 
 from .criteria import Criterion
+from .drawn import Drawn
 from .figures import Panel, Style
 from .figures_page import to_plotly
-from .panels import CURVES, Drawn
+from .panels import CURVES
 from .report_tables import ARM, COLUMNS, VERDICT, arm_row, rate_rows, run_rows
 from .statistics import Study
 

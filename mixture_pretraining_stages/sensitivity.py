@@ -5,12 +5,11 @@ The figure of final losses against learning rates.
 from dataclasses import replace
 from typing import List, Optional, Sequence, Tuple
 
-from .figures import Panel, Series, Style
-from .statistics import EDGE, Arm, Rate
+from .drawn import Drawn
+from .figures import Panel, Series
+from .statistics import EDGE, Rate
 
 __all__ = ["sensitivity_panel"]
-
-Drawn = Tuple[Arm, Style, bool]
 
 CAPTION = (
     "Means over seeds; bars reach from the lowest seed to the highest. A star is the best rate, a "
@@ -23,10 +22,8 @@ CAPTION = (
 def sensitivity_panel(drawn: Sequence[Drawn]) -> Optional[Panel]:
     """
     Final loss against the rates of each arm; ``None`` unless one has several.
-
-    :param drawn: Arms, their styles, and whether they are shown at first.
     """
-    if not any(len(arm.rates) > 1 for arm, _, _ in drawn):
+    if not any(len(each.arm.rates) > 1 for each in drawn):
         return None
     limits = _limits(drawn)
     series = [each for it in drawn for each in _of_arm(it, limits)]
@@ -43,7 +40,7 @@ def sensitivity_panel(drawn: Sequence[Drawn]) -> Optional[Panel]:
 
 
 def _limits(drawn: Sequence[Drawn]) -> Tuple[float, float]:
-    shown = [arm for arm, _, prominent in drawn if prominent]
+    shown = [each.arm for each in drawn if each.prominent]
     losses = [x for arm in shown for rate in arm.rates for x in rate.losses.values()]
     first = [run.evaluations[0].loss for arm in shown for run in arm.runs if run.evaluations]
     if not losses:
@@ -54,7 +51,7 @@ def _limits(drawn: Sequence[Drawn]) -> Tuple[float, float]:
 
 
 def _of_arm(drawn: Drawn, limits: Tuple[float, float]) -> List[Series]:
-    arm, style, prominent = drawn
+    arm, style, prominent = drawn.arm, drawn.style, drawn.prominent
     rates = [rate for rate in arm.rates if rate.lr]
     finished = [rate for rate in rates if rate.mean is not None]
     common = {"name": arm.name, "prominent": prominent, "line": False, "points": True}

@@ -1,28 +1,25 @@
 """
 What a comparison of optimizers says, and what it does not: the best rate of each, losses over
 seeds, differences to a baseline with intervals, and what it took to get there. For the formulas
-see ``plans/comparing.md``.
+see ``plans/report.md``.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from .results import COMPLETE, FAILED, Comparison, Evaluation, Results, RunResult
-from .timing import OPTIMIZER_SECONDS, STEP_SECONDS
+from .cost import Cost, cost_of
+from .curves import Reached, mean_curve, reach
+from .results import COMPLETE, FAILED, Comparison, Results, RunResult
 
 __all__ = [
     "Arm",
-    "Cost",
     "Difference",
-    "Point",
     "Rate",
-    "Reached",
     "Study",
     "is_adamw",
     "is_tuned",
-    "mean_curve",
     "study",
     "t_interval",
 ]
@@ -60,46 +57,6 @@ class Difference(NamedTuple):
         if self.seeds < SEEDS_FOR_A_CLAIM:
             return TOO_FEW
         return BETTER if self.mean < 0 else WORSE
-
-
-class Reached(NamedTuple):
-    """Where the mean curve of an arm is first as low as the baseline ends."""
-
-    step: float
-    tokens: float
-    seconds: Optional[float]
-
-
-class Point(NamedTuple):
-    """A point of a curve that is a mean over seeds."""
-
-    step: int
-    tokens: float
-    seconds: Optional[float]
-    mean: float
-    low: float
-    high: float
-
-
-class Cost(NamedTuple):
-    """Of the runs of an arm at its best rate; means."""
-
-    step_seconds: Optional[float]
-    optimizer_seconds: Optional[float]
-    state_bytes: Optional[float]
-    parameters: Optional[float]
-
-    @property
-    def optimizer_share(self) -> Optional[float]:
-        if not self.step_seconds or self.optimizer_seconds is None:
-            return None
-        return self.optimizer_seconds / self.step_seconds
-
-    @property
-    def bytes_per_parameter(self) -> Optional[float]:
-        if self.state_bytes is None or not self.parameters:
-            return None
-        return self.state_bytes / self.parameters
 
 
 @dataclass(frozen=True)
@@ -216,7 +173,15 @@ def _arm(name: str, runs: Sequence[RunResult], asked: Optional[Comparison]) -> A
             flags.append(BROKEN_RATE)
         if seeds - best.losses.keys():
             flags.append(SEEDS_MISSING)
-    return Arm(name, rates, best, flags, _cost(best), missing=missing, seeds=len(seeds))
+    return Arm(
+        name,
+        rates,
+        best,
+        flags,
+        cost_of(best.finished if best is not None else []),
+        missing=missing,
+        seeds=len(seeds),
+    )
 
 
 def _same(lr: Optional[float], known: Mapping[Optional[float], object]) -> Optional[float]:
@@ -293,88 +258,3 @@ def t_interval(values: Sequence[float]) -> Optional[Tuple[float, float]]:
 
     half = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return fmean(values) - half, fmean(values) + half
-
-
-def mean_curve(
-    runs: Sequence[RunResult],
-    value: Callable[[Evaluation], Optional[float]] = lambda evaluation: evaluation.loss,
-) -> List[Point]:
-    """
-    The mean over runs at the steps at which all were evaluated.
-
-    :param value: Of an evaluation.
-    """
-    by_step = [{each.step: each for each in run.evaluations} for run in runs]
-    steps = set.intersection(*(set(each) for each in by_step)) if by_step else set()
-    points = []
-    for step in sorted(steps):
-        there = [each[step] for each in by_step]
-        values = [x for x in map(value, there) if x is not None and math.isfinite(x)]
-        if len(values) == len(there):
-            seconds = [each.seconds for each in there if each.seconds is not None]
-            points.append(
-                Point(
-                    step,
-                    fmean(each.tokens for each in there),
-                    fmean(seconds) if len(seconds) == len(there) else None,
-                    *(fmean(values), min(values), max(values)),
-                )
-            )
-    return points
-
-
-def reach(curve: Sequence[Point], target: float) -> Optional[Reached]:
-    """
-    Where a curve first is at or below a target, linearly between its points; its first point, if
-    that is. ``None`` if it never is.
-    """
-    for before, after in zip([None, *curve], curve):
-        if after.mean <= target:
-            if before is None:
-                return Reached(after.step, after.tokens, after.seconds)
-            part = (before.mean - target) / (before.mean - after.mean)
-            seconds = None
-            if before.seconds is not None and after.seconds is not None:
-                seconds = before.seconds + part * (after.seconds - before.seconds)
-            return Reached(
-                before.step + part * (after.step - before.step),
-                before.tokens + part * (after.tokens - before.tokens),
-                seconds,
-            )
-    return None
-
-
-def _cost(rate: Optional[Rate]) -> Cost:
-    if rate is None:
-        return Cost(None, None, None, None)
-    times = [pair for run in rate.finished for pair in _times(run)]
-    states = [sum_ for run in rate.finished if (sum_ := _state_bytes(run)) is not None]
-    sizes = [run.facts["parameters"] for run in rate.finished if run.facts.get("parameters")]
-    return Cost(
-        fmean(step for step, _ in times) if times else None,
-        fmean(optimizer for _, optimizer in times) if times else None,
-        fmean(states) if states else None,
-        fmean(sizes) if sizes else None,
-    )
-
-
-def _times(run: RunResult) -> List[Tuple[float, float]]:
-    """
-    Seconds of a step and of the optimizer in it, but for the first step of each stage, in which
-    kernels are compiled, and for those with a report on matrices, which takes time in the step.
-    """
-    out, stage = [], None
-    for row in run.rows:
-        if STEP_SECONDS not in row:
-            continue
-        reports = any(key.startswith("optim/update RMS/") for key in row)
-        if row["stage"] == stage and not reports:
-            out.append((row[STEP_SECONDS], row[OPTIMIZER_SECONDS]))
-        stage = row["stage"]
-    return out
-
-
-def _state_bytes(run: RunResult) -> Optional[int]:
-    """Of the stage that has most."""
-    states = run.facts.get("state_bytes")
-    return max(states.values(), default=None) if isinstance(states, dict) else None
