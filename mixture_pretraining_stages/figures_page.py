@@ -121,7 +121,9 @@ def _layout(panel: Panel) -> Dict[str, Any]:
         "yaxis": {**axis, "title": {"text": _text(panel.y_label)}},
     }
     if panel.log_x:
-        layout["xaxis"].update(type="log", dtick="D1" if _decades(panel) <= 1 else None)
+        layout["xaxis"].update(type="log", exponentformat="e")
+        if _decades(panel) <= 1:  # or there would be one number
+            layout["xaxis"]["dtick"] = "D2"
     if panel.y_range is not None:
         layout["yaxis"]["range"] = list(panel.y_range)
     if panel.bars:

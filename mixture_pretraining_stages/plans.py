@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
+from olmo_core.optim import Scheduler
+
 from .schedule import Span, StageScheduler
 
 if TYPE_CHECKING:
     from .training import JolmoModel, StageSpec
 
-__all__ = ["StagePlan", "plan_stages"]
+__all__ = ["StagePlan", "over_run", "plan_stages", "run_span"]
 
 LONGEST_WARMUP = 100
 """:data:`StageSpec.warmup` where the optimizer changes, at most; else a twentieth of the stage."""
@@ -56,7 +58,7 @@ class StagePlan:
 
         :param plans: Those of the run.
         """
-        run = Span(0, plans[-1].last_step, 0, plans[-1].last_token)
+        run = run_span(plans)
         return StageScheduler(
             inner=spec.scheduler_config(self.spec),
             scale=self.spec.lr_scale,
@@ -109,6 +111,19 @@ def plan_stages(spec: "JolmoModel") -> List[StagePlan]:
         plans.append(plan)
         step, token, before = last, plan.last_token, plan.optimizer
     return plans
+
+
+def run_span(plans: Sequence[StagePlan]) -> Span:
+    """All of a run."""
+    return Span(0, plans[-1].last_step, 0, plans[-1].last_token)
+
+
+def over_run(scheduler: Scheduler, plans: Sequence[StagePlan]) -> StageScheduler:
+    """
+    A schedule over a whole run. A trainer alone does not know its tokens, if other stages have
+    batches of other sizes.
+    """
+    return StageScheduler(inner=scheduler, stage=run_span(plans), over=run_span(plans))
 
 
 def _name(optimizer: Dict[str, Any]) -> Any:

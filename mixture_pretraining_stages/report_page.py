@@ -198,13 +198,12 @@ def _figures(content: Content) -> List[str]:
             f'<button type="button" class="all" data-all="{value}">{word}</button>'
             for value, word in (("true", "show all"), ("false", "hide all"))
         ]
-    plots = [
-        f"<figure><h3>{escape(panel.title)}</h3>"
-        f'<div class="plot" id="plot-{escape(panel.key)}"></div>'
-        f'<figcaption class="caption">{escape(panel.caption)}</figcaption></figure>'
-        for panel in content.panels
+    # Bars apart, as they differ in height.
+    grids = [
+        _grid([panel for panel in content.panels if bool(panel.bars) == bars])
+        for bars in (False, True)
     ]
-    if not plots:
+    if not content.panels:
         return ["<p>There is nothing to draw yet.</p>"]
     return [
         f'<p class="caption">{CURVES}</p>',
@@ -214,5 +213,15 @@ def _figures(content: Content) -> List[str]:
         "<noscript><p>The figures need JavaScript; the PNG files beside this page do not.</p>"
         "</noscript>",
         f'<div class="legend" role="group" aria-label="arms">{"".join(buttons)}</div>',
-        f'<div class="plots">{"".join(plots)}</div>',
+        *grids,
     ]
+
+
+def _grid(panels: Sequence[Panel]) -> str:
+    plots = [
+        f"<figure><h3>{escape(panel.title)}</h3>"
+        f'<div class="plot" id="plot-{escape(panel.key)}"></div>'
+        f'<figcaption class="caption">{escape(panel.caption)}</figcaption></figure>'
+        for panel in panels
+    ]
+    return f'<div class="plots">{"".join(plots)}</div>'

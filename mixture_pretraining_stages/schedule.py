@@ -10,7 +10,7 @@ import torch
 from olmo_core.optim import Scheduler
 from olmo_core.optim.scheduler import SchedulerUnits
 
-__all__ = ["Span", "StageScheduler"]
+__all__ = ["Clock", "Span", "StageScheduler"]
 
 
 class Span(NamedTuple):
@@ -28,8 +28,8 @@ class Span(NamedTuple):
         return self.first_step, self.last_step
 
 
-class _Clock(NamedTuple):
-    """What a scheduler asks of a trainer."""
+class Clock(NamedTuple):
+    """Where a run stands: what a scheduler asks of a trainer."""
 
     global_step: int
     max_steps: int
@@ -78,7 +78,7 @@ class StageScheduler(Scheduler):
         if self.stage is None or self.over is None:
             return super().set_lr(group, trainer)
         over, step, tokens = self.over, trainer.global_step, trainer.global_train_tokens_seen
-        clock = _Clock(
+        clock = Clock(
             step - over.first_step,
             over.last_step - over.first_step,
             tokens - over.first_token,

@@ -40,7 +40,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
+from olmo_optim_ext.training import (
+    ClipGradValueCallback,
+    HyperparameterScheduleCallback,
+    MatrixMetricsCallback,
+    averaged,
+    needed_callbacks,
+)
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
@@ -57,7 +63,7 @@ from .facts import RunFacts
 from .folder import claim, write_config
 from .handover import begin
 from .mixture import DrawnTokens, MixtureLoader, Share, build_mixture, share_out
-from .plans import StagePlan, plan_stages
+from .plans import StagePlan, over_run, plan_stages
 from .report import draw_curves, mixture_table, validation_table
 from .sources import TokenizedSource, prepare_source
 from .timing import StepTimer
@@ -332,6 +338,11 @@ class Run:
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer
             )
+        for scheduled, scheduler in spec.hyperparameter_schedulers().items():
+            schedule = HyperparameterScheduleCallback(scheduled, over_run(scheduler, self.plans))
+            callbacks[f"{scheduled}_schedule"] = schedule
+        if spec.max_grad_value is not None:
+            callbacks["clip_grad_value"] = ClipGradValueCallback(spec.max_grad_value)
         return {**callbacks, **self._trackers(name)}
 
     def _trackers(self, stage: str) -> Dict[str, Callback]:

@@ -16,7 +16,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.flash_attn_api import has_flash_attn_2
 from olmo_core.nn.transformer import TransformerConfig
-from olmo_core.optim import ConstantScheduler, OptimConfig, Scheduler
+from olmo_core.optim import INITIAL_LR_FIELD, ConstantScheduler, OptimConfig, Scheduler
 from olmo_core.train.train_module import (
     TransformerActivationCheckpointingConfig,
     TransformerDataParallelConfig,
@@ -29,12 +29,23 @@ from omegaconf.errors import OmegaConfBaseException
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.elementwise.sophia import SophiaConfig
-from olmo_optim_ext.training import check_never_decays
+from olmo_optim_ext.schedulers import (
+    WithMomentum,
+    cycles_momentum,
+    refuse_cycled_momentum,
+    refuse_within,
+)
+from olmo_optim_ext.training import (
+    HyperparameterSchedule,
+    ScheduledField,
+    check_never_decays,
+    check_schedule,
+)
 from olmo_optim_ext.wrappers.base import WrapperConfig
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
-from .plans import plan_stages
+from .plans import plan_stages, run_span
 from .sources import SourceSpec
 
 __all__ = [
@@ -216,9 +227,15 @@ class JolmoModel:
     ``type``, and any field of that scheduler, of OLMo-core's or this package's. It runs over the
     whole run.
     """
+    weight_decay_schedule: Optional[Dict[str, Any]] = None
+    """Such a scheduler for the weight decay, over the whole run; ``null`` leaves it as it is."""
+    momentum_schedule: Optional[Dict[str, Any]] = None
+    """The same for the momentum, or the first of the betas, of each parameter group."""
     warm_start: Optional[WarmStartSpec] = None
     """Begin with the weights of a checkpoint; ``null`` begins with random ones."""
     max_grad_norm: Optional[float] = 1.0
+    max_grad_value: Optional[float] = None
+    """Largest absolute value in a gradient; clipped before the norm is."""
     precision: Precision = Precision.float32
     compile: bool = False
     """Compile the model."""
@@ -252,6 +269,12 @@ class JolmoModel:
             self.max_grad_norm,
             "null or a number > 0",
         )
+        _require(
+            self.max_grad_value is None or 0 < self.max_grad_value < float("inf"),
+            "max_grad_value",
+            self.max_grad_value,
+            "null or a finite number > 0",
+        )
         for key in ("evaluation.every", "evaluation.tokens", "checkpoint.every", "checkpoint.keep"):
             part, name = key.split(".")
             value = getattr(getattr(self, part), name)
@@ -272,10 +295,40 @@ class JolmoModel:
             self._check_batch(self.sizes(stage), data_ranks, f"stages.{index}.")
             self.optimizer_config(stage)
             self.scheduler_config(stage)
+        self._check_schedules()
         self._check_averages()
         self._check_optimizer_metrics()
         if self.warm_start is not None:
             self._check_warm_start(self.warm_start)
+
+    def _check_schedules(self) -> None:
+        for stage in (None, *self.stages):
+            scheduler, where = self.scheduler_config(stage), self._where(stage, "scheduler")
+            refuse_within(scheduler, where)
+            if self.momentum_schedule is not None and cycles_momentum(scheduler):
+                raise OLMoConfigurationError(
+                    f"momentum_schedule: {self.momentum_schedule!r} is not allowed with "
+                    f"{where}.cycle_momentum true, as both set the momentum; allowed is null, or "
+                    "cycle_momentum false"
+                )
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            refuse_cycled_momentum(scheduler, f"{name}_schedule")
+
+    def _check_schedules_of(self, optim: torch.optim.Optimizer, stage: Optional[StageSpec]) -> None:
+        """Whether all values that schedules give an optimizer are allowed."""
+        groups, plans = optim.param_groups, plan_stages(self)
+        of_lr, where = self.scheduler_config(stage), self._where(stage, "scheduler")
+        alone = stage is not None and stage.scheduler is not None
+        over = next(p.span for p in plans if p.spec == stage) if alone else run_span(plans)
+        begin, end = over.within(of_lr.units)
+        for rate in sorted({float(group.get(INITIAL_LR_FIELD, group["lr"])) for group in groups}):
+            check_schedule(of_lr, rate, end - begin, "learning rate", where)
+        if isinstance(of_lr, WithMomentum):
+            for group in groups:
+                of_lr.check_group(group)
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            schedule = HyperparameterSchedule(name, scheduler, groups, f"{name}_schedule")
+            schedule.check(run_span(plans).within(scheduler.units)[1])
 
     def _check_averages(self) -> None:
         """The average of ``schedule_free`` is in place of a decay: its stages may have none."""
@@ -498,6 +551,15 @@ class JolmoModel:
             return ConstantScheduler()
         return decode_registered(Scheduler, values, self._where(stage, "scheduler"))
 
+    def hyperparameter_schedulers(self) -> Dict[ScheduledField, Scheduler]:
+        """The schedules of weight decay and momentum that are asked for."""
+        asked = {name: getattr(self, f"{name}_schedule") for name in ScheduledField}
+        return {
+            name: decode_registered(Scheduler, values, f"{name}_schedule")
+            for name, values in asked.items()
+            if values is not None
+        }
+
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """
         The config of the model.
@@ -551,11 +613,13 @@ class JolmoModel:
             raise OLMoConfigurationError(f"model: it cannot be built: {_words(error)}") from None
         where = self._where(stage, "optimizer")
         try:
-            return model, self.optimizer_config(stage).build(model)
+            optim = self.optimizer_config(stage).build(model)
         except OLMoConfigurationError as error:
             raise OLMoConfigurationError(f"{where}: {error}") from None
         except Exception as error:  # OLMo-core's own optimizers, too
             raise OLMoConfigurationError(f"{where}: it cannot be built: {_words(error)}") from None
+        self._check_schedules_of(optim, stage)
+        return model, optim
 
     def tensor_ranks(self, world_size: int) -> int:
         """How many ranks share each layer, and see the same batch."""

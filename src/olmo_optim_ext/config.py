@@ -278,8 +278,8 @@ def _let_config_win(optim: ExtOptimizer) -> None:
             group.update(fields)
         if changed:
             log.warning(
-                "The checkpoint was saved with other hyperparameters; the config's are used: "
-                + "; ".join(changed)
+                "The checkpoint was saved with other hyperparameters; the config's, or what a "
+                "schedule makes of them, are used: " + "; ".join(changed)
             )
 
     optim.register_load_state_dict_post_hook(restore)
