@@ -59,12 +59,14 @@ from .callbacks import (
 )
 from .decoding import decode_fields
 from .evaluation import SourceEvaluator, build_evaluator
+from .facts import RunFacts
 from .folder import claim, write_config
 from .handover import begin
 from .mixture import DrawnTokens, MixtureLoader, Share, build_mixture, share_out
 from .plans import StagePlan, over_run, plan_stages
 from .report import draw_curves, mixture_table, validation_table
 from .sources import TokenizedSource, prepare_source
+from .timing import StepTimer
 from .tokenizers import Tokenizer, load_tokenizer
 from .training import JolmoModel
 
@@ -199,7 +201,7 @@ class Run:
         self._write_roles(plan, train_module)
         return train_module
 
-    def _set_stage(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
+    def set_stage(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
         """Give the train module the optimizer, the sizes and the schedule of a stage."""
         train_module.rank_microbatch_size = plan.rank_microbatch_size
         train_module.max_sequence_length = plan.sequence_length
@@ -294,6 +296,7 @@ class Run:
         train_module: TransformerTrainModule,
         tokenizer: Tokenizer,
         sources: Dict[str, TokenizedSource],
+        shares: List[Share],
     ) -> Dict[str, Callback]:
         spec, name = self.spec, plan.spec.name
         evaluator = self.build_evaluator(plan, train_module, tokenizer, sources)
@@ -315,6 +318,12 @@ class Run:
             "stop_on_signal": StopOnSignal(),
             "drawn_tokens": DrawnTokens(tensor_ranks=spec.tensor_ranks(get_world_size())),
             "metrics_file": MetricsFile(path=self.metrics_path, plan=plan),
+            "timer": StepTimer(),
+            "facts": RunFacts(
+                path=self.output / "run.json",
+                stage=name,
+                asked={share.source: share.asked for share in shares},
+            ),
             "progress": ProgressBar(
                 console=self.console,
                 stage=name,
@@ -360,7 +369,7 @@ class Run:
         sources: Dict[str, TokenizedSource],
         shares: List[Share],
     ) -> Trainer:
-        self._set_stage(plan, train_module)
+        self.set_stage(plan, train_module)
         trainer = TrainerConfig(
             save_folder=str(plan.folder),
             work_dir=str(self._work_dir()),
@@ -369,7 +378,7 @@ class Run:
             hard_stop=Duration.steps(plan.last_step),
             load_strategy=LoadStrategy.never,  # begin() decides what is loaded
             cancel_check_interval=sys.maxsize,  # StopOnSignal does it
-            callbacks=self._callbacks(plan, train_module, tokenizer, sources),
+            callbacks=self._callbacks(plan, train_module, tokenizer, sources, shares),
         ).build(train_module, self.build_loader(plan, train_module, tokenizer, sources, shares))
         config_saver = trainer.callbacks["config_saver"]
         assert isinstance(config_saver, ConfigSaverCallback)

@@ -4,6 +4,7 @@ Whole runs of a tiny experiment: what they leave behind, and that nothing interr
 
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
 from mixture_pretraining_stages.callbacks import read_metrics
+from mixture_pretraining_stages.facts import read_facts, state_bytes
 from mixture_pretraining_stages.mixture import drawn_tokens
 from mixture_pretraining_stages.plans import plan_stages
+from mixture_pretraining_stages.timing import OPTIMIZER_SECONDS, STEP_SECONDS
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
@@ -114,7 +117,8 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted):
-    for name in ("config.yaml", "roles.txt", "roles.json", "metrics.jsonl", "curves.png"):
+    names = ("config.yaml", "roles.txt", "roles.json", "metrics.jsonl", "curves.png", "run.json")
+    for name in names:
         assert (uninterrupted / name).stat().st_size > 0, name
     rows = [r for r in read_metrics(uninterrupted / "metrics.jsonl") if "train/CE loss" in r]
     assert [row["step"] for row in rows] == list(range(1, 27))
@@ -129,12 +133,33 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert roles["lm_head.w_out.weight"]["algorithm"] == "adamw"
 
 
+def assert_timed(output: Path) -> None:
+    rows = [r for r in read_metrics(output / "metrics.jsonl") if "train/CE loss" in r]
+    assert [row["step"] for row in rows] == list(range(1, 27))
+    for row in rows:
+        assert 0 < row[OPTIMIZER_SECONDS] < row[STEP_SECONDS] < 60
+
+
+def test_each_step_is_timed_and_a_run_says_what_it_was_made_with(uninterrupted):
+    assert_timed(uninterrupted)
+    facts = read_facts(uninterrupted / "run.json")
+    model, optim = load_spec(uninterrupted / "config.yaml").build_on_meta(258)
+    assert facts["parameters"] == sum(param.numel() for param in model.parameters())
+    assert facts["state_bytes"]["one"] == facts["state_bytes"]["two"] == state_bytes(optim)
+    assert facts["state_bytes"]["three"] > state_bytes(optim)  # AdamW has more than Muon
+    assert facts["asked"]["one"] == {"first": 0.75, "second": 0.25}
+    assert (facts["ranks"], facts["device"]["type"]) == (1, "cpu")
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["python"] == platform.python_version()
+
+
 def test_what_the_optimizer_reports_is_among_the_metrics(uninterrupted):
     rows = read_metrics(uninterrupted / "metrics.jsonl")
     by_step = {row["step"]: {k: v for k, v in row.items() if k.endswith("/matrix")} for row in rows}
     assert [step for step, values in by_step.items() if values] == [5, 10, 15]
     for step in (5, 10, 15):
-        assert len(by_step[step]) == 4
+        assert len(by_step[step]) == 5
+        assert by_step[step]["optim/failed orthogonalisations/matrix"] == 0
         assert 0 < by_step[step]["optim/relative effective rank/matrix"] <= 1
         assert 0.1 < by_step[step]["optim/update RMS/matrix"] < 0.3
     assert not any("blocks." in key for row in rows for key in row)
@@ -245,6 +270,7 @@ def test_killed_at_twenty_random_moments_it_ends_as_uninterrupted(uninterrupted,
     print(moments, codes)
     assert codes.count(KILLED) >= 12
     assert codes[-1] == FINISHED
+    assert_timed(tmp_path / "run")
     assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
 
 
