@@ -2,6 +2,7 @@
 ``olmo-optim compare``, as a user types it.
 """
 
+import importlib.util
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from mixture_pretraining_stages.comparison import plan_comparison, validation_lo
 from mixture_pretraining_stages.comparison_folder import results
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext import cli
+from olmo_optim_ext.cli import compare
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 from .mixture_pretraining_stages.workers_test import FAKE
@@ -43,6 +45,8 @@ def call(monkeypatch, capsys):
 @pytest.fixture
 def without_training(monkeypatch) -> None:
     monkeypatch.setattr(workers, "COMMAND", FAKE)
+    monkeypatch.setattr(compare, "write_report", lambda paths: paths)
+    monkeypatch.setattr(compare, "show", lambda paths: print("The report:", *paths))
     monkeypatch.setattr(workers, "POLL", 0.02)
     monkeypatch.setattr(workers, "REFRESH", 0.1)
 
@@ -81,12 +85,13 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, message, call, tm
 
 
 def test_without_optuna_it_says_what_to_install(call, tmp_path, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "optuna"]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("alive", "slots", "study", "workers"):
-        monkeypatch.delitem(sys.modules, f"mixture_pretraining_stages.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    code, out, err = call("compare", config(tmp_path), "--optimizers", "adamw")
+    find = importlib.util.find_spec
+
+    def without(name: str) -> Any:
+        return None if name == "optuna" else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    code, _, err = call("compare", config(tmp_path), "--optimizers", "adamw")
     assert code == 2
     assert "pip install 'olmo-optim-ext[compare]'" in err
 
@@ -107,11 +112,11 @@ def test_it_shows_what_it_does_and_the_same_command_finds_nothing_to_do(
     assert (code, err) == (0, "")
     assert "tiny: 2 arms with 3 runs each" in out
     assert "6 of 6 runs done" in out
-    losses = [line.split() for line in out.splitlines() if line.startswith(" muon")]
-    assert losses[1] == ["muon", "0.01", "1.0420", "1.0420"]
+    assert "muon lr-0.01/seed-42: complete, loss 1.0420" in out
+    assert f"The report: {tmp_path}/run" in out
     again, out, _ = call(*command)
     assert again == 0
-    assert "complete, loss" not in out and "1.0420" in out
+    assert "complete, loss" not in out and "The report:" in out
 
 
 def test_a_failed_run_is_told_at_the_end(call, tmp_path, without_training):
@@ -120,8 +125,9 @@ def test_a_failed_run_is_told_at_the_end(call, tmp_path, without_training):
     code, out, err = call("compare", path)
     assert code == 1
     assert "broken lr 0.01 seed 42: The run failed: RuntimeError: broken." in err
-    assert "1 runs failed" in err
-    assert "diverged" in err and "1.0420" in out
+    assert "diverging lr 0.01 seed 42: it diverged" in err
+    assert "Failed runs: 1." in err
+    assert "fine lr-0.01/seed-42: complete, loss 1.0420" in out
 
 
 def test_interrupted_it_says_how_far_it_is(call, tmp_path, without_training, monkeypatch):
@@ -169,7 +175,7 @@ def test_a_comparison_from_beginning_to_end(tmp_path):
     assert list(found) == [("adamw", 5e-4), ("adamw", 1e-3), ("muon", 0.005), ("muon", 0.01)]
     for each in found.values():
         assert each.state == "complete"
-        assert f"{each.loss:.4f}" in result.stdout
+        assert f"complete, loss {each.loss:.4f}" in result.stdout
         rows = read_metrics(each.run.folder / "metrics.jsonl")
         trained = [row for row in rows if "train/CE loss" in row]
         assert [row["step"] for row in trained] == list(range(1, 9))
@@ -184,3 +190,4 @@ def test_a_comparison_from_beginning_to_end(tmp_path):
     assert plain["lrs"] == {"adamw": [5e-4, 1e-3], "muon": [0.005, 0.01]}
     assert (plain["seeds"], plain["tune"]) == ([42], False)
     assert plain["spec"] == comparison.spec.as_plain()
+    assert "muon" in (tmp_path / "run" / "report" / "report.html").read_text()

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, List, Optional
 
 import torch
 import typer
-from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.comparison import Comparison, check_arms, plan_comparison
 from mixture_pretraining_stages.comparison_folder import claim_folder, results
+from mixture_pretraining_stages.extras import require
+from mixture_pretraining_stages.html_report import write_report
 from mixture_pretraining_stages.stages import Run
 
 from .app import CONFIG_HELP, app, console, errors, load
-from .compare_view import ENDED, View, failures, losses_table
+from .compare_view import ENDED, View
+from .report import show
 
 if TYPE_CHECKING:
     from mixture_pretraining_stages.workers import Crew
@@ -63,6 +65,7 @@ def compare(
 
     olmo-optim compare my.yaml --storage postgresql://user@host/name --jobs 4
     """
+    require("compare", "optuna", "plotly", "scipy")
     names = None if optimizers is None else [name.strip() for name in optimizers.split(",")]
     comparison = plan_comparison(load(arguments), optimizers=names, lrs=lrs, seeds=seeds, tune=tune)
     check_arms(comparison, nproc)
@@ -86,7 +89,6 @@ def compare(
         raise typer.Exit(1) from None
     finally:
         crew.queue.worker.close()
-    _report(comparison)
     raise typer.Exit(_conclude(comparison, crew))
 
 
@@ -97,17 +99,10 @@ def _crew(
     nproc: int,
     retry_failed: bool,
 ) -> "Crew":
-    try:
-        from mixture_pretraining_stages.alive import Worker
-        from mixture_pretraining_stages.study import Queue, open_storage
-        from mixture_pretraining_stages.workers import Crew, places
-    except ModuleNotFoundError as error:
-        if error.name not in ("optuna", "sqlalchemy"):
-            raise
-        raise OLMoConfigurationError(
-            f"compare: it needs the package {error.name}, which is not installed; allowed is "
-            "pip install 'olmo-optim-ext[compare]'"
-        ) from None
+    from mixture_pretraining_stages.alive import Worker
+    from mixture_pretraining_stages.study import Queue, open_storage
+    from mixture_pretraining_stages.workers import Crew, places
+
     identifier = claim_folder(comparison)
     database = open_storage(storage, comparison.folder)
     queue = Queue(comparison, identifier, database, Worker(comparison.folder), retry_failed)
@@ -128,21 +123,18 @@ def _gpus() -> List[str]:
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
-def _report(comparison: Comparison) -> None:
-    """What the runs have come to."""
-    console.print(losses_table(comparison, results(comparison)))
-
-
 def _conclude(comparison: Comparison, crew: "Crew") -> int:
     states = [state.value for arm in crew.queue.slots.values() for state in arm.values()]
-    failed, ended = states.count("failed"), sum(state in ENDED for state in states)
     if not crew.queue.finished:
+        ended = sum(state in ENDED for state in states)
         _say(f"Interrupted; {ended} of {len(states)} runs are done. The same command continues.")
         return 1
-    for line in failures(results(comparison)):
-        _say(line)
-    if failed:
-        _say(f"{failed} runs failed; their output.log tells more. --retry-failed makes them again.")
+    show(write_report([comparison.folder]))
+    for each in results(comparison):
+        if each.state == "failed":
+            _say(f"{each.run.label}: {each.error}")
+    if failed := states.count("failed"):
+        _say(f"Failed runs: {failed}. --retry-failed makes them again.")
     return 1 if failed else 0
 
 

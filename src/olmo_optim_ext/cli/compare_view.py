@@ -1,23 +1,21 @@
 """
-What ``olmo-optim compare`` shows: how far it is, and what the runs have come to.
+What ``olmo-optim compare`` shows while it works.
 """
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Optional, Tuple
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
 from mixture_pretraining_stages.comparison import Comparison
-from mixture_pretraining_stages.comparison_folder import Result
 
 if TYPE_CHECKING:
     from mixture_pretraining_stages.workers import Crew
 
-__all__ = ["ENDED", "View", "failures", "losses_table"]
+__all__ = ["ENDED", "View"]
 
 ENDED = ("complete", "diverged", "pruned", "failed")
 """States of runs that are over."""
@@ -104,32 +102,3 @@ def _duration(seconds: float) -> str:
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
-def losses_table(comparison: Comparison, results: Sequence[Result]) -> Table:
-    """The last validation loss of each run."""
-    table = Table(box=None)
-    table.add_column("validation loss of")
-    table.add_column("lr", justify="right")
-    for title in (*(f"seed {seed}" for seed in comparison.seeds), "mean"):
-        table.add_column(title, justify="right")
-    rows: Dict[Tuple[str, float], Dict[int, Result]] = {}
-    for each in results:
-        rows.setdefault((each.run.arm, each.run.lr), {})[each.run.seed] = each
-    for (arm, lr), by_seed in rows.items():
-        found = [by_seed.get(seed) for seed in comparison.seeds]
-        losses = [each.loss for each in found if each is not None and each.state == "complete"]
-        mean = f"{sum(losses) / len(losses):.4f}" if losses else ""
-        table.add_row(arm, f"{lr:.6g}", *map(_cell, found), mean)
-    return table
-
-
-def _cell(result: Optional[Result]) -> str:
-    if result is None:
-        return ""
-    return f"{result.loss:.4f}" if result.state == "complete" else result.state
-
-
-def failures(results: Sequence[Result]) -> List[str]:
-    """A line for each run that failed."""
-    return [f"{each.run.label}: {each.error}" for each in results if each.state == "failed"]

@@ -8,9 +8,11 @@ from typing import List, Optional
 import typer
 from rich.console import Console
 
-from mixture_pretraining_stages.html_report import write_report
+from mixture_pretraining_stages.html_report import Report, write_report
 
 from .app import app, console
+
+__all__ = ["show"]
 
 
 @app.command()
@@ -34,6 +36,11 @@ def report(
     """
     with console.status("reading"):
         written = write_report(runs, output)
+    show(written)
+
+
+def show(written: Report) -> None:
+    """Print what a report has found."""
     # A file has no width to which rows would have to be folded.
     wide = console if console.is_terminal else Console(width=200)
     wide.print(written.table(), highlight=False)
