@@ -24,6 +24,11 @@ REQUEUES = 100
 MARGIN = 30
 """Seconds of the time between signal and kill that are left for requeuing."""
 
+REQUEUING = 60
+"""
+Seconds that the first node may take to requeue the job. A task that fails before may end the job.
+"""
+
 
 class RunFailed(Exception):
     """The run ended with an error, or was stopped for good."""
@@ -90,11 +95,13 @@ class Job:
         if code == 0:
             return
         if self._stopped:
-            # The first node may be about to requeue the job, and no node must fail before.
             time.sleep(self.linger)
             if node > 0:
                 return
             raise RunFailed("The run was stopped by a signal. Submit it again to continue it.")
+        if node > 0:
+            # Only the first may have got the signal; the ranks here have stopped with the others.
+            time.sleep(REQUEUING)
         raise RunFailed(f"The run ended with exit code {code}; its output tells why.")
 
     def checkpoint(self, *arguments: Any, **options: Any) -> DelayedSubmission:

@@ -127,10 +127,11 @@ def translate(flags: Flags, spec: JolmoModel, written: Mapping[str, Any]) -> Tra
     """
     The overrides that flags stand for.
 
-    An optimizer in place of another one of Muon's family (``MuonFamilyConfig``) keeps the fields
-    that both have, as they mean the same there. Any other begins with its own defaults, a learning
-    rate above all, but for a decoupled weight decay. Noise, where the flags choose or tune it, has
-    an ``alpha`` of 1e-3 and no annealing unless the config or the command line says otherwise.
+    Muon and its variants (but NorMuon, whose rate is of another scale) keep the fields that both
+    have when one takes the place of another, as they mean the same there. Any other optimizer
+    begins with its own defaults, a learning rate above all, but for a decoupled weight decay.
+    Noise, where the flags choose or tune it, has an ``alpha`` of 1e-3 and no annealing unless the
+    config or the command line says otherwise.
 
     :param spec: With the overrides of the command line.
     :param written: ``optimizer`` without them.
@@ -236,9 +237,17 @@ def _carried(
     if type(old) is type(new):
         return dict(written)
     known = {field.name for field in dataclasses.fields(new)}
-    if not (isinstance(old, MuonFamilyConfig) and isinstance(new, MuonFamilyConfig)):
+    if not _are_of_muons_family(old, new):
         known &= {"weight_decay"} if _decouples(old) and _decouples(new) else set()
     return {"name": name, **{key: value for key, value in written.items() if key in known}}
+
+
+def _are_of_muons_family(old: OptimConfig, new: OptimConfig) -> bool:
+    """Whether the fields that both have mean the same."""
+    if not (isinstance(old, MuonFamilyConfig) and isinstance(new, MuonFamilyConfig)):
+        return False
+    # NorMuon's rate is of another scale, as are its defaults.
+    return type(old)().lr_scaling == type(new)().lr_scaling
 
 
 def _decouples(config: OptimConfig) -> bool:

@@ -4,9 +4,11 @@ One experiment as a job of SLURM: ``olmo-optim submit``.
 
 import hashlib
 import importlib.util
+import io
 import os
 import shlex
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -109,7 +111,7 @@ def submit(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     cancel = "kill" if executor == Executor.local else "scancel"
     for line in (
-        f"{spec.name}: job {job.job_id}, {nodes} x {gpus_per_node} rank(s), {time} minutes at a time",
+        f"{spec.name}: job {job.job_id}, {nodes} x {gpus_per_node} rank(s), {time} minutes a time",
         f"Logs: {job.paths.stdout} and {job.paths.stderr.name}",
         f"Cancel with: {cancel} {job.job_id}",
     ):
@@ -218,15 +220,16 @@ def _send(
         linger=0 if local else LINGER,
     )
     if local:
-        sender = submitit.LocalExecutor(folder, max_num_timeout=REQUEUES)
-        sender.update_parameters(timeout_min=minutes, signal_delay_s=delay, gpus_per_node=ranks)
-        return sender.submit(job)
-    sender = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
-    sender.update_parameters(**_parameters(spec.name, nodes, ranks, minutes, delay, options))
+        here = submitit.LocalExecutor(folder, max_num_timeout=REQUEUES)
+        here.update_parameters(timeout_min=minutes, signal_delay_s=delay, gpus_per_node=ranks)
+        return here.submit(job)
+    cluster = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
+    cluster.update_parameters(**_parameters(spec.name, nodes, ranks, minutes, delay, options))
     try:
-        # The variables of a job in which this is typed would be those of the new one.
-        with submitit.helpers.clean_env():
-            return sender.submit(job)
+        # The variables of a job in which this is typed would be those of the new one. submitit
+        # prints what sbatch says, which is told below.
+        with submitit.helpers.clean_env(), redirect_stderr(io.StringIO()):
+            return cluster.submit(job)
     except (FailedJobError, FailedSubmissionError) as error:
         reason = " ".join(str(error).split())
         raise OLMoConfigurationError(f"submit: sbatch refused the job: {reason}") from None

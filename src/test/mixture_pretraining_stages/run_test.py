@@ -21,6 +21,7 @@ from mixture_pretraining_stages.stages import plan_stages
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
+from .jobs import run_preempted
 from .spec import tiny_spec, write_spec
 
 WORKER = Path(__file__).with_name("run_worker.py")
@@ -217,6 +218,16 @@ def test_a_signal_during_a_save_stops_the_run_and_loses_nothing(
 ):
     spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
     assert run(spec, f"Checkpointer._save_train_state:{save}:SIGTERM") == [code, FINISHED]
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+
+
+def test_a_preempted_job_is_requeued_and_ends_as_uninterrupted(
+    uninterrupted, tmp_path, monkeypatch
+):
+    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    log = run_preempted(spec, monkeypatch)
+    assert log.count("Interrupted at step") == 1
+    assert log.count("continuing from") == 1
     assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
 
 
