@@ -48,8 +48,9 @@ def arms(study: str, tmp_path: Path) -> Dict[str, Any]:
     for name, overrides in compared.items():
         assert list(overrides) == ["optimizer"]
         arm = dataclasses.replace(spec, **overrides)
-        build(arm)
+        arm.check()
         out[name] = arm.optimizer_config()
+    build(arm)
     return out
 
 
