@@ -11,42 +11,24 @@ from typing import Any, ClassVar, Dict, List, Optional
 import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import get_rank, get_world_size, is_distributed
-from olmo_core.optim import Scheduler
 from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLoggerCallback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .evaluation import EVALUATOR
+from .plans import StagePlan
 
 __all__ = [
     "LOSS",
     "MetricsFile",
     "ProgressBar",
     "StageCheckpointer",
-    "StageScheduler",
     "StopOnSignal",
     "read_metrics",
 ]
 
 LOSS = "train/CE loss"
 LEARNING_RATE = "optim/LR (group 0)"
-
-
-@dataclass
-class StageScheduler(Scheduler):
-    """The schedule of the whole run, scaled for a stage."""
-
-    inner: Optional[Scheduler] = None
-    scale: float = 1.0
-
-    def __post_init__(self, *_: Any) -> None:
-        assert self.inner is not None
-        self.units, self.lr_field = self.inner.units, self.inner.lr_field
-        self.initial_lr_field = self.inner.initial_lr_field
-
-    def get_lr(self, initial_lr, current, t_max):
-        assert self.inner is not None
-        return self.inner.get_lr(initial_lr, current, t_max) * self.scale
 
 
 @dataclass
@@ -107,7 +89,7 @@ class MetricsFile(Callback):
     """
 
     path: Path = Path("metrics.jsonl")
-    stage: str = ""
+    plan: Optional[StagePlan] = None
 
     def pre_train(self):
         if get_rank() == 0:
@@ -116,8 +98,9 @@ class MetricsFile(Callback):
     def log_metrics(self, step: int, metrics: Dict[str, float]):
         if get_rank() != 0:
             return
-        tokens = step * self.trainer.global_batch_size
-        row = {"step": step, "stage": self.stage, "tokens": tokens, **metrics}
+        assert self.plan is not None
+        place = {"stage": self.plan.spec.name, "tokens": self.plan.tokens_at(step)}
+        row = {"step": step, **place, **metrics}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -8,7 +8,7 @@ save has left behind.
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from olmo_core.distributed.checkpoint import get_checkpoint_metadata
@@ -18,7 +18,15 @@ from olmo_core.train.checkpoint import Checkpointer
 from olmo_core.train.train_module import TransformerTrainModule
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-__all__ = ["Saved", "check_fits", "latest", "remove_half_written"]
+__all__ = [
+    "Saved",
+    "check_fits",
+    "check_weights_fit",
+    "latest",
+    "misfit",
+    "remove_half_written",
+    "weights_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +55,50 @@ def remove_half_written(folder: Path) -> None:
     barrier()
 
 
+def weights_of(path: str) -> str:
+    """
+    The ``model_and_optim`` of a checkpoint of anybody's.
+
+    :raises OLMoConfigurationError: If the folder has none.
+    """
+    for folder in (Path(path) / "model_and_optim", Path(path)):
+        if (folder / ".metadata").is_file():
+            return str(folder)
+    raise OLMoConfigurationError(
+        f"warm_start.path: {path} has no checkpoint, allowed is the folder of one of OLMo-core's, "
+        "with model_and_optim in it"
+    )
+
+
 def check_fits(path: str, train_module: TransformerTrainModule) -> None:
     """
     Check that a checkpoint has what the model and the optimizer will load, and nothing else.
 
+    :param path: Its folder, or its ``model_and_optim``.
+
     :raises OLMoConfigurationError: Names the checkpoint and the first thing that does not fit.
     """
-    metadata = get_checkpoint_metadata(f"{path}/model_and_optim").state_dict_metadata
-    for what in ("model", "optim"):
-        expected = train_module.state_dict_to_save()[what]
+    problem = misfit(path, train_module)
+    if problem is not None:
+        raise OLMoConfigurationError(problem)
+
+
+def check_weights_fit(path: str, train_module: TransformerTrainModule) -> None:
+    """As :func:`check_fits`, of the model alone."""
+    problem = misfit(path, train_module, ("model",))
+    if problem is not None:
+        raise OLMoConfigurationError(problem)
+
+
+def misfit(
+    path: str, train_module: TransformerTrainModule, parts: Sequence[str] = ("model", "optim")
+) -> Optional[str]:
+    """What a checkpoint lacks, has besides, or has in another shape, in words."""
+    folder = path if path.endswith("model_and_optim") else f"{path}/model_and_optim"
+    metadata = get_checkpoint_metadata(folder).state_dict_metadata
+    state = train_module.state_dict_to_save(optim="optim" in parts)
+    for what in parts:
+        expected = state[what]
         problems = _problems(what, expected, metadata)
         prefix = f"{what}."
         known = {f"{prefix}{key}" for key in expected}
@@ -66,11 +109,12 @@ def check_fits(path: str, train_module: TransformerTrainModule) -> None:
         ]
         if problems:
             owner = "optimizer" if what == "optim" else "model"
-            raise OLMoConfigurationError(
+            return (
                 f"the checkpoint {path} was saved with another {owner}: {problems[0]}"
                 + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
                 + "; allowed is one of the same, or another output folder"
             )
+    return None
 
 
 def _problems(what: str, expected: Dict[str, Any], metadata: Dict[str, Any]) -> List[str]:

@@ -4,7 +4,7 @@ What is left of a run to look at: a table and a picture, both made from its metr
 
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from rich.table import Table
 
@@ -13,8 +13,9 @@ from olmo_optim_ext.training import matrix_metric
 
 from .callbacks import LEARNING_RATE, LOSS
 from .evaluation import EVALUATOR
+from .mixture import Share, drawn_tokens
 
-__all__ = ["draw_curves", "validation", "validation_table"]
+__all__ = ["draw_curves", "mixture_table", "validation", "validation_table"]
 
 Rows = List[Dict[str, Any]]
 
@@ -34,18 +35,41 @@ def _last(rows: Rows, stage: str, source: str, metric: str) -> Optional[float]:
     return values[-1][1] if values else None
 
 
-def validation_table(
-    rows: Rows, stages: Sequence[str], sources: Sequence[str], epochs: Dict[Tuple[str, str], float]
+def mixture_table(
+    rows: Rows, shares: Mapping[str, Sequence[Share]], sources: Sequence[str]
 ) -> Table:
     """
-    Validation loss and bits per byte of each source at the end of each stage.
+    The mixture that was drawn in each stage, next to the one that was asked for.
 
-    :param epochs: By stage and source, how often the stage goes through the source.
+    :param shares: By stage.
     """
+    table = Table(title="Mixture")
+    table.add_column("stage")
+    table.add_column("source")
+    for title in ("epochs", "tokens", "asked", "drawn"):
+        table.add_column(title, justify="right")
+    for stage, its_shares in shares.items():
+        drawn = drawn_tokens(rows, stage, sources)
+        for share in its_shares:
+            tokens, part = drawn[share.source]
+            table.add_row(
+                stage,
+                share.source,
+                f"{share.repetitions:.2f}",
+                f"{tokens:,.0f}",
+                f"{share.asked:.2%}",
+                f"{part:.2%}",
+            )
+        table.add_section()
+    return table
+
+
+def validation_table(rows: Rows, stages: Sequence[str], sources: Sequence[str]) -> Table:
+    """Validation loss and bits per byte of each source at the end of each stage."""
     table = Table(title="Validation")
     table.add_column("stage")
     table.add_column("source")
-    for title in ("epochs", "loss", "bits per byte"):
+    for title in ("loss", "bits per byte"):
         table.add_column(title, justify="right")
     for stage in stages:
         for source in sources:
@@ -54,7 +78,6 @@ def validation_table(
             table.add_row(
                 stage,
                 source,
-                f"{epochs.get((stage, source), 0.0):.2f}",
                 "-" if loss is None else f"{loss:.4f}",
                 "-" if bpb is None else f"{bpb:.4f}",
             )

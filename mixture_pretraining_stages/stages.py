@@ -14,24 +14,18 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from filelock import FileLock, Timeout
 from olmo_core.data import DataCollator
-from olmo_core.data.composable import (
-    ComposableDataLoader,
-    InstanceSource,
-    MixingInstanceSource,
-)
 from olmo_core.distributed.checkpoint import (
     load_model_and_optim_state,
     save_model_and_optim_state,
 )
 from olmo_core.distributed.utils import (
-    broadcast_object,
     get_fs_local_rank,
     get_rank,
     get_world_size,
 )
 from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.optim import OptimConfig
 from olmo_core.train import Duration, LoadStrategy, Trainer, TrainerConfig
 from olmo_core.train.callbacks import (
     Callback,
@@ -42,14 +36,17 @@ from olmo_core.train.callbacks import (
 )
 from olmo_core.train.train_module import TransformerTrainModule
 from olmo_core.utils import get_default_device, seed_all
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
-from yaml import YAMLError
 
 from olmo_optim_ext.role_table import role_table, to_json, to_text
-from olmo_optim_ext.training import MatrixMetricsCallback, averaged, needed_callbacks
+from olmo_optim_ext.training import (
+    ClipGradValueCallback,
+    HyperparameterScheduleCallback,
+    MatrixMetricsCallback,
+    averaged,
+    needed_callbacks,
+)
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
@@ -57,30 +54,25 @@ from .callbacks import (
     MetricsFile,
     ProgressBar,
     StageCheckpointer,
-    StageScheduler,
     StopOnSignal,
     read_metrics,
 )
 from .decoding import decode_fields
-from .evaluation import build_evaluator
-from .report import draw_curves, validation_table
+from .evaluation import SourceEvaluator, build_evaluator
+from .facts import RunFacts
+from .folder import claim, write_config
+from .handover import begin
+from .mixture import DrawnTokens, MixtureLoader, Share, build_mixture, share_out
+from .plans import StagePlan, over_run, plan_stages
+from .report import draw_curves, mixture_table, validation_table
 from .sources import TokenizedSource, prepare_source
+from .timing import StepTimer
 from .tokenizers import Tokenizer, load_tokenizer
-from .training import JolmoModel, StageSpec
+from .training import JolmoModel
 
-__all__ = ["Interrupted", "Run", "StagePlan", "plan_stages"]
+__all__ = ["Interrupted", "Run"]
 
 log = logging.getLogger(__name__)
-
-MAY_CHANGE = frozenset(
-    {
-        *("name", "output", "cache", "wandb", "comet", "parallelism", "rank_microbatch_size"),
-        *("evaluation", "checkpoint", "optimizer_metrics"),
-        *("compile", "activation_checkpointing"),
-    }
-)
-"""Keys whose values may change when a run continues: they do not say what is trained on what."""
-
 
 AVERAGE = "averaged"
 """
@@ -91,30 +83,6 @@ Folder with the weights to keep of ``schedule_free``, as OLMo-core's
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved itself."""
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage and its place in the run."""
-
-    spec: StageSpec
-    index: int
-    first_step: int
-    """Steps of the run before it."""
-    last_step: int
-    folder: Path
-
-
-def plan_stages(spec: JolmoModel) -> List[StagePlan]:
-    """The stages with their steps, which are counted over the whole run."""
-    plans: List[StagePlan] = []
-    step = 0
-    for index, stage in enumerate(spec.stages):
-        last = step + math.ceil(stage.tokens / spec.global_batch_size)
-        folder = Path(spec.output) / "stages" / f"{index:02d}-{stage.name}"
-        plans.append(StagePlan(stage, index, step, last, folder))
-        step = last
-    return plans
 
 
 @dataclass
@@ -128,6 +96,8 @@ class Run:
     spec: JolmoModel
     console: Console
     device: torch.device = field(default_factory=get_default_device)
+    _built: Optional[OptimConfig] = field(default=None, repr=False)
+    """Of which the train module has the optimizer."""
 
     def __post_init__(self) -> None:
         self.spec.check(get_world_size())
@@ -141,21 +111,27 @@ class Run:
 
         :raises Interrupted: After saving, if a signal asked to stop.
         """
-        lock = self._claim_output()
+        lock = claim(self.spec, self.plans)
         try:
             for plan in self.plans:
                 checkpoints.remove_half_written(plan.folder)
-            tokenizer, sources = self._prepare_data()
-            self.spec.build_on_meta(tokenizer.config.vocab_size)
-            self._write_config()
+            tokenizer, sources = self.prepare_data()
+            for plan in self.plans:
+                self.spec.build_on_meta(tokenizer.config.vocab_size, plan.spec)
+            shares = [self.shares(plan, sources) for plan in self.plans]
+            if self.spec.warm_start is not None:
+                checkpoints.weights_of(self.spec.warm_start.path)
+            self._trackers("")
+            write_config(self.spec)
             if incomplete := self._incomplete():
-                train_module = self._build_train_module(tokenizer)
+                train_module = self.build_train_module(incomplete[0], tokenizer)
+                self._say_what_runs(train_module)
                 for plan in incomplete:
-                    self._run_stage(plan, train_module, tokenizer, sources)
+                    self._run_stage(plan, train_module, tokenizer, sources, shares[plan.index])
                     self._draw()
                 self._save_average(train_module)
             elif self._lacks_average():  # killed before it was saved
-                train_module = self._build_train_module(tokenizer)
+                train_module = self.build_train_module(self.plans[-1], tokenizer)
                 saved = checkpoints.latest(self.plans[-1].folder)
                 assert saved is not None
                 checkpoints.check_fits(saved.path, train_module)
@@ -168,13 +144,13 @@ class Run:
             else:
                 self._say(f"{self.spec.name}: the run in {self.output} is complete")
                 self._draw()
-            self._print_summary(sources)
+            self._print_summary(shares)
         finally:
             if lock is not None:
                 lock.release()
 
     def _lacks_average(self) -> bool:
-        wanted = isinstance(self.spec.optimizer_config(), ScheduleFreeConfig)
+        wanted = isinstance(self.spec.optimizer_config(self.plans[-1].spec), ScheduleFreeConfig)
         return wanted and not (self.output / AVERAGE / ".metadata").exists()
 
     def _save_average(self, train_module: TransformerTrainModule) -> None:
@@ -185,64 +161,6 @@ class Run:
             save_model_and_optim_state(self.output / AVERAGE, model, save_overwrite=True)
         self._say(f"The averaged weights, for use without the optimizer: {self.output / AVERAGE}")
 
-    # The output folder.
-
-    def _claim_output(self) -> Optional[FileLock]:
-        lock: Optional[FileLock] = None
-        problem: Optional[str] = None
-        if get_rank() == 0:
-            lock = FileLock(self.output / ".lock")
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                lock.acquire(blocking=False)
-                self._compare_config()
-            except Timeout:
-                problem = (
-                    f"output: another process is running in {self.output}, allowed is one at a time"
-                )
-            except OSError as error:
-                problem = (
-                    f"output: {self.output} cannot be written ({error.strerror}), allowed is a "
-                    "folder that can"
-                )
-            except OLMoConfigurationError as error:
-                problem = str(error)
-        problem = broadcast_object(problem)  # or the other ranks would wait for this one
-        if problem is not None:
-            if lock is not None:
-                lock.release()
-            raise OLMoConfigurationError(problem)
-        return lock
-
-    def _compare_config(self) -> None:
-        path = self.output / "config.yaml"
-        if not path.exists() or all(checkpoints.latest(p.folder) is None for p in self.plans):
-            return  # nothing has been trained here, so nothing is lost
-        try:
-            before = OmegaConf.to_container(OmegaConf.load(path))
-            assert isinstance(before, dict)
-        except (UnicodeDecodeError, YAMLError, OmegaConfBaseException, AssertionError):
-            raise OLMoConfigurationError(
-                f"output: {path} is damaged, allowed is the one that the run wrote, or another "
-                "folder: output=FOLDER"
-            ) from None
-        changed = [
-            f"{key} {before.get(key)!r} -> {value!r}"
-            for key, value in self.spec.as_plain().items()
-            if key not in MAY_CHANGE and before.get(key) != value
-        ]
-        if changed:
-            raise OLMoConfigurationError(
-                f"output: {self.output} has a run with another config ({'; '.join(changed)}), "
-                "allowed is the same config or another folder: output=FOLDER"
-            )
-
-    def _write_config(self) -> None:
-        if get_rank() == 0:
-            draft = self.output / "config.tmp"
-            OmegaConf.save(OmegaConf.create(self.spec.as_plain()), draft)
-            os.replace(draft, self.output / "config.yaml")
-
     def _incomplete(self) -> List[StagePlan]:
         done = 0
         for plan in self.plans:
@@ -252,7 +170,8 @@ class Run:
 
     # What a stage is made of.
 
-    def _prepare_data(self) -> Tuple[Tokenizer, Dict[str, TokenizedSource]]:
+    def prepare_data(self) -> Tuple[Tokenizer, Dict[str, TokenizedSource]]:
+        """The tokens of all sources, on disk. All ranks call it."""
         tokenizer = load_tokenizer(self.spec.tokenizer)
         cache = Path(self.spec.cache) if self.spec.cache else _default_cache()
         sources = {}
@@ -268,53 +187,107 @@ class Run:
                 sources[name] = prepare_source(name, source, tokenizer, cache, advance)
         return tokenizer, sources
 
-    def _build_train_module(self, tokenizer: Tokenizer) -> TransformerTrainModule:
+    def build_train_module(self, plan: StagePlan, tokenizer: Tokenizer) -> TransformerTrainModule:
+        """Model and optimizer of a stage; a process can build only one."""
         model_config = self.spec.model_config(tokenizer.config.vocab_size)
-        config = self.spec.train_module_config(get_world_size())
+        # Some layers get the longest sequence when they are parallelised.
+        longest = max(self.plans, key=lambda each: each.sequence_length)
+        config = self.spec.train_module_config(get_world_size(), longest.spec)
+        config.optim = self.spec.optimizer_config(plan.spec)
         seed_all(self.spec.seed)
         train_module = config.build(model_config.build(init_device="meta"), self.device)
         assert isinstance(train_module, TransformerTrainModule)
-        assert train_module.optim is not None
-        rows = role_table(train_module.model, config.optim, train_module.optim)
-        if get_rank() == 0:
-            (self.output / "roles.txt").write_text(to_text(rows))
-            (self.output / "roles.json").write_text(to_json(rows))
-            params = sum(math.prod(row.shape) for row in rows)
-            counts: Dict[str, int] = {}
-            for row in rows:
-                counts[row.algorithm] = counts.get(row.algorithm, 0) + math.prod(row.shape)
-            shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-            self._say(
-                f"{self.spec.name}: {params:,} parameters ({shares}), "
-                f"{self.plans[-1].last_step:,} steps of {self.spec.global_batch_size:,} tokens, "
-                f"{get_world_size()} rank(s) on {self.device.type}, in {self.output}"
-            )
+        self._built = config.optim
+        self._write_roles(plan, train_module)
         return train_module
+
+    def _set_stage(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
+        """Give the train module the optimizer, the sizes and the schedule of a stage."""
+        train_module.rank_microbatch_size = plan.rank_microbatch_size
+        train_module.max_sequence_length = plan.sequence_length
+        train_module.scheduler = plan.scheduler(self.spec, self.plans)
+        config = self.spec.optimizer_config(plan.spec)
+        if config != self._built:
+            train_module.optim = None  # its memory is for the next
+            train_module.optim = config.build(train_module.model, strict=True)
+            self._built = config
+            self._write_roles(plan, train_module)
+
+    def _write_roles(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
+        config = self.spec.optimizer_config(plan.spec)
+        assert train_module.optim is not None
+        rows = role_table(train_module.model, config, train_module.optim)
+        if get_rank() == 0:
+            of_run = plan.optimizer == self.plans[0].optimizer
+            folder = self.output if of_run else plan.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "roles.txt").write_text(to_text(rows))
+            (folder / "roles.json").write_text(to_json(rows))
+
+    def _say_what_runs(self, train_module: TransformerTrainModule) -> None:
+        params = sum(p.numel() for p in train_module.model.parameters())
+        names = dict.fromkeys(str(plan.optimizer["name"]) for plan in self.plans)
+        batches = dict.fromkeys(f"{plan.global_batch_size:,}" for plan in self.plans)
+        self._say(
+            f"{self.spec.name}: {params:,} parameters, {', then '.join(names)}, "
+            f"{self.plans[-1].last_step:,} steps of {', then '.join(batches)} tokens, "
+            f"{get_world_size()} rank(s) on {self.device.type}, in {self.output}"
+        )
 
     def _work_dir(self) -> Path:
         return self.output / "work"
 
-    def _mixture(self, plan: StagePlan, sources: Dict[str, TokenizedSource]) -> InstanceSource:
-        # One batch more than needed: shares are rounded down to whole instances.
-        steps = plan.last_step - plan.first_step + 1
-        tokens = steps * self.spec.global_batch_size
-        specs = []
-        for name, share in _shares(plan.spec).items():
-            source = sources[name].train_instances(self.spec.sequence_length, self._work_dir())
-            needed = tokens * share / source.num_tokens
-            specs.append(
-                MixingInstanceSource.Spec(
-                    source=source,
-                    ratio=share,
-                    max_repetition_factor=max(1.0, 1.01 * needed),
-                    label=name,
-                )
-            )
-        return MixingInstanceSource(
-            *specs,
-            work_dir=self._work_dir(),
-            seed=self.spec.seed + plan.index,
-            num_tokens=tokens,
+    def shares(self, plan: StagePlan, sources: Dict[str, TokenizedSource]) -> List[Share]:
+        """What a stage takes of each source."""
+        return share_out(plan, {name: source.train_tokens for name, source in sources.items()})
+
+    def build_loader(
+        self,
+        plan: StagePlan,
+        train_module: TransformerTrainModule,
+        tokenizer: Tokenizer,
+        sources: Dict[str, TokenizedSource],
+        shares: List[Share],
+    ) -> MixtureLoader:
+        """The batches of a stage."""
+        work_dir, seed = self._work_dir(), self.spec.seed + plan.index
+        instances = {
+            share.source: sources[share.source].train_instances(plan.sequence_length, work_dir)
+            for share in shares
+        }
+        return MixtureLoader(
+            build_mixture(plan, shares, instances, work_dir, seed),
+            collator=_collator(tokenizer),
+            tokenizer=tokenizer.config,
+            work_dir=work_dir / f"{plan.index:02d}",
+            global_batch_size=plan.global_batch_size,
+            dp_world_size=get_world_size(train_module.dp_process_group),
+            dp_rank=get_rank(train_module.dp_process_group),
+            fs_local_rank=get_fs_local_rank(),
+            seed=seed,
+            target_device_type=self.device.type,
+            display_source_visualization=False,
+        )
+
+    def build_evaluator(
+        self,
+        plan: StagePlan,
+        train_module: TransformerTrainModule,
+        tokenizer: Tokenizer,
+        sources: Dict[str, TokenizedSource],
+    ) -> SourceEvaluator:
+        """The evaluator of all sources, with the sequences of a stage."""
+        return build_evaluator(
+            {
+                source: tokens.validation_instances(plan.sequence_length, self._work_dir())
+                for source, tokens in sources.items()
+            },
+            {source: tokens.bytes_per_token() for source, tokens in sources.items()},
+            tokens=self.spec.evaluation.tokens // len(sources),
+            rank_batch_size=plan.rank_microbatch_size,
+            collator=_collator(tokenizer),
+            device=self.device,
+            dp_process_group=train_module.dp_process_group,
         )
 
     def _callbacks(
@@ -323,21 +296,10 @@ class Run:
         train_module: TransformerTrainModule,
         tokenizer: Tokenizer,
         sources: Dict[str, TokenizedSource],
-        collator: DataCollator,
+        shares: List[Share],
     ) -> Dict[str, Callback]:
         spec, name = self.spec, plan.spec.name
-        evaluator = build_evaluator(
-            {
-                source: tokens.validation_instances(spec.sequence_length, self._work_dir())
-                for source, tokens in sources.items()
-            },
-            {source: tokens.bytes_per_token() for source, tokens in sources.items()},
-            tokens=spec.evaluation.tokens // len(sources),
-            rank_batch_size=spec.rank_microbatch_size,
-            collator=collator,
-            device=self.device,
-            dp_process_group=train_module.dp_process_group,
-        )
+        evaluator = self.build_evaluator(plan, train_module, tokenizer, sources)
         callbacks: Dict[str, Callback] = {
             "evaluator": EvaluatorCallback(
                 evaluators=[evaluator],
@@ -354,7 +316,14 @@ class Run:
                 save_async=False,
             ),
             "stop_on_signal": StopOnSignal(),
-            "metrics_file": MetricsFile(path=self.metrics_path, stage=name),
+            "drawn_tokens": DrawnTokens(tensor_ranks=spec.tensor_ranks(get_world_size())),
+            "metrics_file": MetricsFile(path=self.metrics_path, plan=plan),
+            "timer": StepTimer(),
+            "facts": RunFacts(
+                path=self.output / "run.json",
+                stage=name,
+                asked={share.source: share.asked for share in shares},
+            ),
             "progress": ProgressBar(
                 console=self.console,
                 stage=name,
@@ -364,11 +333,23 @@ class Run:
             "config_saver": ConfigSaverCallback(),
             **needed_callbacks(train_module.optim),
         }
-        if (metrics := spec.optimizer_metrics) is not None:
+        metrics = spec.optimizer_metrics
+        if metrics is not None and spec.has_matrix_rule(plan.spec):
             callbacks["matrix_metrics"] = MatrixMetricsCallback(
                 interval=metrics.every, per_layer=metrics.per_layer
             )
-        run_name = f"{spec.name}-{name}"
+        for scheduled, scheduler in spec.hyperparameter_schedulers().items():
+            schedule = HyperparameterScheduleCallback(scheduled, over_run(scheduler, self.plans))
+            callbacks[f"{scheduled}_schedule"] = schedule
+        if spec.max_grad_value is not None:
+            callbacks["clip_grad_value"] = ClipGradValueCallback(spec.max_grad_value)
+        return {**callbacks, **self._trackers(name)}
+
+    def _trackers(self, stage: str) -> Dict[str, Callback]:
+        """Of W&B and Comet, if they are asked for."""
+        spec = self.spec
+        callbacks: Dict[str, Callback] = {}
+        run_name = f"{spec.name}-{stage}"
         if spec.wandb is not None:
             _require_package("wandb")
             fields = {"name": run_name, "group": spec.name, **spec.wandb}
@@ -386,59 +367,23 @@ class Run:
         train_module: TransformerTrainModule,
         tokenizer: Tokenizer,
         sources: Dict[str, TokenizedSource],
+        shares: List[Share],
     ) -> Trainer:
-        spec = self.spec
-        collator = DataCollator(
-            pad_token_id=tokenizer.config.pad_token_id, vocab_size=tokenizer.config.vocab_size
-        )
-        loader = ComposableDataLoader(
-            self._mixture(plan, sources),
-            collator=collator,
-            tokenizer=tokenizer.config,
-            work_dir=self._work_dir() / f"{plan.index:02d}",
-            global_batch_size=spec.global_batch_size,
-            dp_world_size=get_world_size(train_module.dp_process_group),
-            dp_rank=get_rank(train_module.dp_process_group),
-            fs_local_rank=get_fs_local_rank(),
-            seed=spec.seed + plan.index,
-            target_device_type=self.device.type,
-            display_source_visualization=False,
-        )
-        train_module.scheduler = StageScheduler(
-            inner=spec.scheduler_config(), scale=plan.spec.lr_scale
-        )
+        self._set_stage(plan, train_module)
         trainer = TrainerConfig(
             save_folder=str(plan.folder),
             work_dir=str(self._work_dir()),
             device=str(self.device),
             max_duration=Duration.steps(self.plans[-1].last_step),
             hard_stop=Duration.steps(plan.last_step),
-            load_strategy=LoadStrategy.never,  # _restore() decides what is loaded
+            load_strategy=LoadStrategy.never,  # begin() decides what is loaded
             cancel_check_interval=sys.maxsize,  # StopOnSignal does it
-            callbacks=self._callbacks(plan, train_module, tokenizer, sources, collator),
-        ).build(train_module, loader)
+            callbacks=self._callbacks(plan, train_module, tokenizer, sources, shares),
+        ).build(train_module, self.build_loader(plan, train_module, tokenizer, sources, shares))
         config_saver = trainer.callbacks["config_saver"]
         assert isinstance(config_saver, ConfigSaverCallback)
-        config_saver.config = spec.as_plain()
+        config_saver.config = self.spec.as_plain()
         return trainer
-
-    def _restore(self, trainer: Trainer, plan: StagePlan) -> None:
-        """Continue the stage, or begin it where the one before has ended."""
-        module = trainer.train_module
-        assert isinstance(module, TransformerTrainModule)
-        if (saved := checkpoints.latest(plan.folder)) is not None:
-            checkpoints.check_fits(saved.path, module)
-            trainer.load_checkpoint(saved.path, load_trainer_state=True, load_optim_state=True)
-            self._say(f"{plan.spec.name}: continuing from {saved.path}")
-        elif plan.index > 0:
-            before = checkpoints.latest(self.plans[plan.index - 1].folder)
-            assert before is not None
-            checkpoints.check_fits(before.path, module)
-            trainer.load_checkpoint(before.path, load_trainer_state=False, load_optim_state=True)
-            state = torch.load(Path(before.path) / "train" / "rank0.pt", weights_only=False)
-            trainer.global_step = state["global_step"]
-            trainer.global_train_tokens_seen = state["global_train_tokens_seen"]
-            trainer.global_train_petaflops = state["global_train_petaflops"]
 
     def _run_stage(
         self,
@@ -446,10 +391,18 @@ class Run:
         train_module: TransformerTrainModule,
         tokenizer: Tokenizer,
         sources: Dict[str, TokenizedSource],
+        shares: List[Share],
     ) -> None:
         seed_all(self.spec.seed + plan.index)
-        trainer = self._build_trainer(plan, train_module, tokenizer, sources)
-        self._restore(trainer, plan)
+        for share in shares:
+            if not math.isclose(share.asked, share.planned, rel_tol=1e-6):
+                self._say(
+                    f"{plan.spec.name}: {share.planned:.1%} from {share.source} instead of "
+                    f"{share.asked:.1%}, because of max_repetitions"
+                )
+        trainer = self._build_trainer(plan, train_module, tokenizer, sources, shares)
+        for line in begin(trainer, self.spec, self.plans, plan, tokenizer.config.vocab_size):
+            self._say(line)
         trainer.fit()
         stop = trainer.callbacks["stop_on_signal"]
         assert isinstance(stop, StopOnSignal)
@@ -472,40 +425,31 @@ class Run:
 
     def _draw(self) -> None:
         if get_rank() == 0:
-            batch = self.spec.global_batch_size
+            names = dict.fromkeys(str(plan.optimizer["name"]) for plan in self.plans)
             draw_curves(
                 read_metrics(self.metrics_path),
-                [(plan.spec.name, plan.last_step * batch) for plan in self.plans],
+                [(plan.spec.name, plan.last_token) for plan in self.plans],
                 list(self.spec.sources),
-                f"{self.spec.name} ({self.spec.optimizer['name']})",
+                f"{self.spec.name} ({', then '.join(names)})",
                 self.output / "curves.png",
             )
 
-    def _print_summary(self, sources: Dict[str, TokenizedSource]) -> None:
+    def _print_summary(self, shares: List[List[Share]]) -> None:
         if get_rank() != 0:
             return
-        epochs = {}
-        for plan in self.plans:
-            tokens = (plan.last_step - plan.first_step) * self.spec.global_batch_size
-            for name, share in _shares(plan.spec).items():
-                epochs[plan.spec.name, name] = tokens * share / sources[name].train_tokens
-        self.console.print(
-            validation_table(
-                read_metrics(self.metrics_path),
-                [plan.spec.name for plan in self.plans],
-                list(self.spec.sources),
-                epochs,
-            )
-        )
+        rows, sources = read_metrics(self.metrics_path), list(self.spec.sources)
+        mixtures = {plan.spec.name: its for plan, its in zip(self.plans, shares)}
+        self.console.print(mixture_table(rows, mixtures, sources))
+        self.console.print(validation_table(rows, list(mixtures), sources))
         self._say(
             f"In {self.output}: config.yaml, roles.txt, roles.json, metrics.jsonl, curves.png and "
             "the checkpoints under stages."
         )
 
 
-def _shares(stage: StageSpec) -> Dict[str, float]:
-    total = sum(stage.mixture.values())
-    return {name: weight / total for name, weight in stage.mixture.items() if weight > 0}
+def _collator(tokenizer: Tokenizer) -> DataCollator:
+    config = tokenizer.config
+    return DataCollator(pad_token_id=config.pad_token_id, vocab_size=config.vocab_size)
 
 
 def _default_cache() -> Path:

@@ -3,11 +3,10 @@ An experiment: its spec, how the spec is read from YAML, and what OLMo-core obje
 """
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 import yaml
@@ -17,8 +16,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.nn.attention import AttentionBackendName
 from olmo_core.nn.attention.flash_attn_api import has_flash_attn_2
 from olmo_core.nn.transformer import TransformerConfig
-from olmo_core.optim import ConstantScheduler, OptimConfig, Scheduler
-from olmo_core.optim.scheduler import SchedulerUnits
+from olmo_core.optim import INITIAL_LR_FIELD, ConstantScheduler, OptimConfig, Scheduler
 from olmo_core.train.train_module import (
     TransformerActivationCheckpointingConfig,
     TransformerDataParallelConfig,
@@ -31,11 +29,23 @@ from omegaconf.errors import OmegaConfBaseException
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig, MatrixOptimConfig
 from olmo_optim_ext.elementwise.sophia import SophiaConfig
-from olmo_optim_ext.training import check_never_decays
+from olmo_optim_ext.schedulers import (
+    WithMomentum,
+    cycles_momentum,
+    refuse_cycled_momentum,
+    refuse_within,
+)
+from olmo_optim_ext.training import (
+    HyperparameterSchedule,
+    ScheduledField,
+    check_never_decays,
+    check_schedule,
+)
 from olmo_optim_ext.wrappers.base import WrapperConfig
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
 from .decoding import decode_fields, decode_registered, to_plain
+from .plans import plan_stages, run_span
 from .sources import SourceSpec
 
 __all__ = [
@@ -44,7 +54,10 @@ __all__ = [
     "JolmoModel",
     "OptimizerMetricsSpec",
     "ParallelismSpec",
+    "ShareSpec",
+    "StageSizes",
     "StageSpec",
+    "WarmStartSpec",
     "load_spec",
 ]
 
@@ -81,16 +94,76 @@ class ParallelismSpec:
 
 
 @dataclass
+class ShareSpec:
+    """
+    How much of a stage is from a source: exactly one of :attr:`weight`, :attr:`tokens` and
+    :attr:`repetitions`.
+    """
+
+    weight: Optional[float] = None
+    """Relative to other weights, of what :attr:`tokens` and :attr:`repetitions` leave."""
+    tokens: Optional[int] = None
+    """So many tokens."""
+    repetitions: Optional[float] = None
+    """So often all of the source's training tokens."""
+    max_repetitions: Optional[float] = None
+    """
+    No token more often than this. What a weight would ask for beyond it goes to the other weights.
+    """
+
+
+@dataclass
 class StageSpec:
-    """A part of the run with a mixture of its own."""
+    """A part of the run with a mixture of its own. What is ``null`` is the run's."""
 
     name: str
     tokens: int
     """Rounded up to whole batches."""
-    mixture: Dict[str, float]
-    """Weight of each source, normalised to sum to 1."""
+    mixture: Dict[str, Union[float, ShareSpec]]
+    """For each source its weight, or a :class:`ShareSpec`."""
     lr_scale: float = 1.0
     """The schedule's learning rate is multiplied by this."""
+    warmup: Optional[int] = None
+    """
+    Steps in which the learning rate rises linearly to the schedule's, at the start of the stage. By
+    default none; where the optimizer is another than in the stage before, a twentieth of the
+    stage's, at least 1 and at most 100.
+    """
+    scheduler: Optional[Dict[str, Any]] = None
+    """``type``, and any field of that scheduler. It runs over this stage alone."""
+    optimizer: Optional[Dict[str, Any]] = None
+    """``name``, and any field of that optimizer's config."""
+    sequence_length: Optional[int] = None
+    global_batch_size: Optional[int] = None
+    """In tokens."""
+    rank_microbatch_size: Optional[int] = None
+    """In tokens."""
+
+
+class StageSizes(NamedTuple):
+    """Sizes of a stage, in tokens."""
+
+    sequence_length: int
+    global_batch_size: int
+    rank_microbatch_size: int
+
+
+@dataclass
+class WarmStartSpec:
+    """What the first stage begins with, in place of random weights."""
+
+    path: str
+    """
+    The folder of a checkpoint of OLMo-core's, of a model of the same shape: a ``stepN``, or only
+    its ``model_and_optim``.
+    """
+    optimizer_state: bool = False
+    """Begin with the state of its optimizer, too. The weights alone if not."""
+    optimizer: Optional[Dict[str, Any]] = None
+    """
+    The optimizer that has left the state: ``name`` and fields, as for a run; ``null`` is the first
+    stage's. Of another one goes over what means the same in both.
+    """
 
 
 @dataclass
@@ -150,8 +223,19 @@ class JolmoModel:
     """In tokens: what a rank processes at a time."""
     seed: int = 42
     scheduler: Optional[Dict[str, Any]] = None
-    """``type``, and any field of that OLMo-core scheduler. It runs over the whole run."""
+    """
+    ``type``, and any field of that scheduler, of OLMo-core's or this package's. It runs over the
+    whole run.
+    """
+    weight_decay_schedule: Optional[Dict[str, Any]] = None
+    """Such a scheduler for the weight decay, over the whole run; ``null`` leaves it as it is."""
+    momentum_schedule: Optional[Dict[str, Any]] = None
+    """The same for the momentum, or the first of the betas, of each parameter group."""
+    warm_start: Optional[WarmStartSpec] = None
+    """Begin with the weights of a checkpoint; ``null`` begins with random ones."""
     max_grad_norm: Optional[float] = 1.0
+    max_grad_value: Optional[float] = None
+    """Largest absolute value in a gradient; clipped before the norm is."""
     precision: Precision = Precision.float32
     compile: bool = False
     """Compile the model."""
@@ -185,49 +269,138 @@ class JolmoModel:
             self.max_grad_norm,
             "null or a number > 0",
         )
+        _require(
+            self.max_grad_value is None or 0 < self.max_grad_value < float("inf"),
+            "max_grad_value",
+            self.max_grad_value,
+            "null or a finite number > 0",
+        )
         for key in ("evaluation.every", "evaluation.tokens", "checkpoint.every", "checkpoint.keep"):
             part, name = key.split(".")
             value = getattr(getattr(self, part), name)
             _require(value >= 1, key, value, "an integer >= 1")
         self._check_stages()
+        longest = max(self.sizes(stage).sequence_length for stage in self.stages)
         _require(
-            self.evaluation.tokens >= self.sequence_length * len(self.sources),
+            self.evaluation.tokens >= longest * len(self.sources),
             "evaluation.tokens",
             self.evaluation.tokens,
-            f"at least sequence_length x sources ({self.sequence_length} x {len(self.sources)})",
+            f"at least sequence_length x sources ({longest} x {len(self.sources)})",
         )
-        self._check_batch(world_size)
+        data_ranks = self._check_parallelism(world_size)
+        self._check_batch(self.sizes(), data_ranks, "")
         self.optimizer_config()
+        self.scheduler_config()
+        for index, stage in enumerate(self.stages):
+            self._check_batch(self.sizes(stage), data_ranks, f"stages.{index}.")
+            self.optimizer_config(stage)
+            self.scheduler_config(stage)
+        self._check_schedules()
+        self._check_averages()
         self._check_optimizer_metrics()
-        self._check_scheduler()
+        if self.warm_start is not None:
+            self._check_warm_start(self.warm_start)
 
-    def _check_scheduler(self) -> None:
-        scheduler, config = self.scheduler_config(), self.optimizer_config()
-        if not isinstance(config, ScheduleFreeConfig):
-            return
-        t_max = sum(math.ceil(stage.tokens / self.global_batch_size) for stage in self.stages)
-        if scheduler.units == SchedulerUnits.tokens:
-            t_max *= self.global_batch_size
-        lr = config.hyperparameters()["lr"]
-        check_never_decays(scheduler, lr, t_max, "scheduler")
-        scales = [stage.lr_scale for stage in self.stages]
-        for index, (before, scale) in enumerate(zip(scales, scales[1:]), start=1):
-            allowed = f"at least the {before} of the stage before, as schedule_free takes no decay"
-            _require(scale >= before, f"stages.{index}.lr_scale", scale, allowed)
+    def _check_schedules(self) -> None:
+        for stage in (None, *self.stages):
+            scheduler, where = self.scheduler_config(stage), self._where(stage, "scheduler")
+            refuse_within(scheduler, where)
+            if self.momentum_schedule is not None and cycles_momentum(scheduler):
+                raise OLMoConfigurationError(
+                    f"momentum_schedule: {self.momentum_schedule!r} is not allowed with "
+                    f"{where}.cycle_momentum true, as both set the momentum; allowed is null, or "
+                    "cycle_momentum false"
+                )
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            refuse_cycled_momentum(scheduler, f"{name}_schedule")
+
+    def _check_schedules_of(self, optim: torch.optim.Optimizer, stage: Optional[StageSpec]) -> None:
+        """Whether all values that schedules give an optimizer are allowed."""
+        groups, plans = optim.param_groups, plan_stages(self)
+        of_lr, where = self.scheduler_config(stage), self._where(stage, "scheduler")
+        alone = stage is not None and stage.scheduler is not None
+        over = next(p.span for p in plans if p.spec == stage) if alone else run_span(plans)
+        begin, end = over.within(of_lr.units)
+        for rate in sorted({float(group.get(INITIAL_LR_FIELD, group["lr"])) for group in groups}):
+            check_schedule(of_lr, rate, end - begin, "learning rate", where)
+        if isinstance(of_lr, WithMomentum):
+            for group in groups:
+                of_lr.check_group(group)
+        for name, scheduler in self.hyperparameter_schedulers().items():
+            schedule = HyperparameterSchedule(name, scheduler, groups, f"{name}_schedule")
+            schedule.check(run_span(plans).within(scheduler.units)[1])
+
+    def _check_averages(self) -> None:
+        """The average of ``schedule_free`` is in place of a decay: its stages may have none."""
+        plans = plan_stages(self)
+        before: Optional[float] = None
+        for plan in plans:
+            config = self.optimizer_config(plan.spec)
+            if not isinstance(config, ScheduleFreeConfig):
+                before = None
+                continue
+            scheduler, lr = plan.scheduler(self, plans), config.hyperparameters()["lr"]
+            units = scheduler.units
+            (first, last), t_max = plan.span.within(units), plans[-1].span.within(units)[1]
+            where = self._where(plan.spec, "scheduler")
+            if before is not None and not plan.changes_optimizer:
+                begin = float(scheduler.get_lr(lr, first + (last - first) // plan.steps, t_max))
+                _require(
+                    begin >= before * (1 - 1e-6),
+                    f"stages.{plan.index}.lr_scale",
+                    plan.spec.lr_scale,
+                    f"what keeps the learning rate from falling, {before:.3g} to {begin:.3g}, as "
+                    "schedule_free takes no decay",
+                )
+            check_never_decays(scheduler, lr, t_max, where)
+            before = float(scheduler.get_lr(lr, last, t_max))
+
+    def _check_warm_start(self, start: WarmStartSpec) -> None:
+        if start.optimizer is not None:
+            _require(
+                start.optimizer_state,
+                "warm_start.optimizer_state",
+                start.optimizer_state,
+                "true with warm_start.optimizer",
+            )
+            self._optimizer_config(start.optimizer, self.global_batch_size, "warm_start.optimizer")
+
+    def sizes(self, stage: Optional[StageSpec] = None) -> StageSizes:
+        """The sizes of a stage, or what the run has for stages without their own."""
+        run = (self.sequence_length, self.global_batch_size, self.rank_microbatch_size)
+        if stage is None:
+            return StageSizes(*run)
+        own = (stage.sequence_length, stage.global_batch_size, stage.rank_microbatch_size)
+        return StageSizes(*(b if a is None else a for a, b in zip(own, run)))
+
+    def optimizer_of(self, stage: StageSpec) -> Dict[str, Any]:
+        """``name`` and fields of the optimizer of a stage."""
+        return self.optimizer if stage.optimizer is None else stage.optimizer
+
+    def _where(self, stage: Optional[StageSpec], key: str) -> str:
+        """The dotted key of something that a stage may have of its own."""
+        if stage is None or getattr(stage, key) is None:
+            return key
+        return f"stages.{self.stages.index(stage)}.{key}"
 
     def _check_optimizer_metrics(self) -> None:
         asked = self.optimizer_metrics
         if asked is None:
             return
         _require(asked.every >= 1, "optimizer_metrics.every", asked.every, "an integer >= 1")
-        config = self.optimizer_config()
-        rule = config.rule_config if isinstance(config, ExtOptimConfig) else config
-        if not isinstance(rule, MatrixOptimConfig):
+        if not any(self.has_matrix_rule(stage) for stage in self.stages):
             known = [n for n in list_optimizers() if optimizer_info(n).family == "matrix"]
+            names = {str(self.optimizer_of(stage)["name"]) for stage in self.stages}
             raise OLMoConfigurationError(
-                f"optimizer_metrics: the optimizer {self.optimizer['name']!r} has no rule for "
-                f"matrices, allowed is null, or one of {', '.join(known)}"
+                f"optimizer_metrics: the optimizer {' or '.join(map(repr, sorted(names)))} has no "
+                f"rule for matrices, allowed is null, or one of {', '.join(known)}"
             )
+
+    def has_matrix_rule(self, stage: StageSpec) -> bool:
+        """Whether the optimizer of a stage, or the one inside, has a rule for matrices."""
+        config = self.optimizer_config(stage)
+        rule = config.rule_config if isinstance(config, ExtOptimConfig) else config
+        return isinstance(rule, MatrixOptimConfig)
 
     def _check_stages(self) -> None:
         _require(bool(self.sources), "sources", self.sources, "at least one source")
@@ -241,23 +414,55 @@ class JolmoModel:
             _require(stage.tokens >= 1, f"{where}.tokens", stage.tokens, "an integer >= 1")
             finite = 0 <= stage.lr_scale < float("inf")
             _require(finite, f"{where}.lr_scale", stage.lr_scale, "a finite number >= 0")
-            for source, weight in stage.mixture.items():
-                key = f"{where}.mixture.{source}"
-                _require(source in self.sources, key, source, closest(source, self.sources))
-                finite = 0 <= weight < float("inf")
-                _require(finite, key, weight, "a finite number >= 0")
-            total = sum(stage.mixture.values())
-            _require(total > 0, f"{where}.mixture", stage.mixture, "weights with a sum > 0")
-            for source, weight in stage.mixture.items():
-                _require(
-                    weight == 0 or stage.tokens * weight / total >= self.sequence_length,
-                    f"{where}.mixture.{source}",
-                    weight,
-                    f"0, or enough for a sequence of {self.sequence_length} in {stage.tokens} "
-                    "tokens",
-                )
+            for size in ("sequence_length", "global_batch_size", "rank_microbatch_size"):
+                value = getattr(stage, size)
+                allowed = "null or an integer >= 1"
+                _require(value is None or value >= 1, f"{where}.{size}", value, allowed)
+            _require(
+                stage.warmup is None or stage.warmup >= 0,
+                f"{where}.warmup",
+                stage.warmup,
+                "null or an integer >= 0",
+            )
+            self._check_mixture(stage, f"{where}.mixture")
 
-    def _check_batch(self, world_size: int) -> None:
+    def _check_mixture(self, stage: StageSpec, where: str) -> None:
+        for source, share in stage.mixture.items():
+            key = f"{where}.{source}"
+            _require(source in self.sources, key, source, closest(source, self.sources))
+            if isinstance(share, ShareSpec):
+                given = [n for n in ("weight", "tokens", "repetitions") if getattr(share, n)]
+                if len(given) != 1:
+                    raise OLMoConfigurationError(
+                        f"{key}: it has {' and '.join(given) or 'no amount'}, allowed is exactly "
+                        "one of weight, tokens and repetitions, above 0"
+                    )
+                for name in (*given, "max_repetitions"):
+                    value = getattr(share, name)
+                    least = 1 if name == "max_repetitions" else 0
+                    holds = value is None or (least <= value < float("inf") and value > 0)
+                    allowed = f"a finite number {'>= 1' if least else '> 0'}"
+                    _require(holds, f"{key}.{name}", value, allowed)
+                if share.max_repetitions is not None and share.repetitions is not None:
+                    raise OLMoConfigurationError(
+                        f"{key}.max_repetitions: {share.max_repetitions!r} is not allowed with "
+                        "repetitions, allowed is null"
+                    )
+            else:
+                finite = 0 <= share < float("inf")
+                _require(finite, key, share, "a finite number >= 0, or a mapping")
+        weights = {k: v for k, v in stage.mixture.items() if isinstance(v, float)}
+        total = sum(weights.values())
+        only_weights = len(weights) == len(stage.mixture)
+        _require(total > 0 or not only_weights, where, stage.mixture, "weights with a sum > 0")
+        length = self.sizes(stage).sequence_length
+        for source, weight in weights.items() if only_weights else ():
+            enough = weight == 0 or stage.tokens * weight / total >= length
+            allowed = f"0, or enough for a sequence of {length} in {stage.tokens} tokens"
+            _require(enough, f"{where}.{source}", weight, allowed)
+
+    def _check_parallelism(self, world_size: int) -> int:
+        """The number of data parallel ranks."""
         shape, tensor = self.parallelism, self.parallelism.tensor
         _require(shape.replicas >= 1, "parallelism.replicas", shape.replicas, "an integer >= 1")
         _require(tensor >= 1, "parallelism.tensor", tensor, "an integer >= 1")
@@ -292,41 +497,68 @@ class JolmoModel:
                 )
         else:
             data_ranks = 1
+        return data_ranks
+
+    def _check_batch(self, sizes: StageSizes, data_ranks: int, where: str) -> None:
         _require(
-            self.rank_microbatch_size % self.sequence_length == 0,
-            "rank_microbatch_size",
-            self.rank_microbatch_size,
-            f"a multiple of sequence_length ({self.sequence_length})",
+            sizes.rank_microbatch_size % sizes.sequence_length == 0,
+            f"{where}rank_microbatch_size",
+            sizes.rank_microbatch_size,
+            f"a multiple of sequence_length ({sizes.sequence_length})",
         )
-        unit = self.rank_microbatch_size * data_ranks
+        unit = sizes.rank_microbatch_size * data_ranks
         _require(
-            self.global_batch_size % unit == 0,
-            "global_batch_size",
-            self.global_batch_size,
+            sizes.global_batch_size % unit == 0,
+            f"{where}global_batch_size",
+            sizes.global_batch_size,
             f"a multiple of rank_microbatch_size x data parallel ranks "
-            f"({self.rank_microbatch_size} x {data_ranks})",
+            f"({sizes.rank_microbatch_size} x {data_ranks})",
         )
 
-    def optimizer_config(self) -> OptimConfig:
-        """The config of the optimizer."""
-        values = dict(self.optimizer)
+    def optimizer_config(self, stage: Optional[StageSpec] = None) -> OptimConfig:
+        """The config of the optimizer of a stage, or of the run's."""
+        values = self.optimizer if stage is None else self.optimizer_of(stage)
+        batch_tokens = self.sizes(stage).global_batch_size
+        return self._optimizer_config(values, batch_tokens, self._where(stage, "optimizer"))
+
+    def warm_start_optimizer_config(self) -> OptimConfig:
+        """The config of the optimizer whose state the first stage begins with."""
+        assert self.warm_start is not None
+        values = self.warm_start.optimizer
+        if values is None:
+            return self.optimizer_config(self.stages[0])
+        return self._optimizer_config(values, self.global_batch_size, "warm_start.optimizer")
+
+    def _optimizer_config(
+        self, fields: Mapping[str, Any], batch_tokens: int, where: str
+    ) -> OptimConfig:
+        values = dict(fields)
         name = values.pop("name", None)
-        _require(
-            isinstance(name, str), "optimizer.name", name, f"one of {', '.join(list_optimizers())}"
-        )
-        if issubclass(_optimizer_config_class(name), SophiaConfig):
-            values.setdefault("batch_tokens", self.global_batch_size)
-        config = _build_optimizer_spec(name, **values)
+        known = ", ".join(list_optimizers())
+        _require(isinstance(name, str), f"{where}.name", name, f"one of {known}")
+        if issubclass(_optimizer_config_class(name, where), SophiaConfig):
+            values.setdefault("batch_tokens", batch_tokens)
+        config = _decode_optimizer(name, values, where)
         if isinstance(config, WrapperConfig) and isinstance(config.rule_config, SophiaConfig):
-            inner = {"batch_tokens": self.global_batch_size, **config.inner}
-            config = config.replace(inner=inner)
+            config = config.replace(inner={"batch_tokens": batch_tokens, **config.inner})
         return config
 
-    def scheduler_config(self) -> Scheduler:
-        """The learning-rate schedule; constant if none is asked for."""
-        if self.scheduler is None:
+    def scheduler_config(self, stage: Optional[StageSpec] = None) -> Scheduler:
+        """The learning-rate schedule of a stage, or of the run; constant if none is asked for."""
+        own = None if stage is None else stage.scheduler
+        values = self.scheduler if own is None else own
+        if values is None:
             return ConstantScheduler()
-        return decode_registered(Scheduler, self.scheduler, "scheduler")
+        return decode_registered(Scheduler, values, self._where(stage, "scheduler"))
+
+    def hyperparameter_schedulers(self) -> Dict[ScheduledField, Scheduler]:
+        """The schedules of weight decay and momentum that are asked for."""
+        asked = {name: getattr(self, f"{name}_schedule") for name in ScheduledField}
+        return {
+            name: decode_registered(Scheduler, values, f"{name}_schedule")
+            for name, values in asked.items()
+            if values is not None
+        }
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """
@@ -362,11 +594,14 @@ class JolmoModel:
         config.init_seed = self.seed
         return config
 
-    def build_on_meta(self, vocab_size: int) -> Tuple[torch.nn.Module, torch.optim.Optimizer]:
+    def build_on_meta(
+        self, vocab_size: int, stage: Optional[StageSpec] = None
+    ) -> Tuple[torch.nn.Module, torch.optim.Optimizer]:
         """
         The model and its optimizer without memory, which shows whether they can be built.
 
         :param vocab_size: Of the tokenizer.
+        :param stage: Whose optimizer; ``None`` is the run's.
 
         :raises OLMoConfigurationError: With whatever their classes refuse.
         """
@@ -376,18 +611,25 @@ class JolmoModel:
             raise
         except Exception as error:  # OLMo-core's layers raise many types
             raise OLMoConfigurationError(f"model: it cannot be built: {_words(error)}") from None
+        where = self._where(stage, "optimizer")
         try:
-            return model, self.optimizer_config().build(model)
+            optim = self.optimizer_config(stage).build(model)
         except OLMoConfigurationError as error:
-            raise OLMoConfigurationError(f"optimizer: {error}") from None
+            raise OLMoConfigurationError(f"{where}: {error}") from None
         except Exception as error:  # OLMo-core's own optimizers, too
-            raise OLMoConfigurationError(
-                f"optimizer: it cannot be built: {_words(error)}"
-            ) from None
+            raise OLMoConfigurationError(f"{where}: it cannot be built: {_words(error)}") from None
+        self._check_schedules_of(optim, stage)
+        return model, optim
 
-    def train_module_config(self, world_size: int) -> TransformerTrainModuleConfig:
-        """The config of the train module."""
-        shape = self.parallelism
+    def tensor_ranks(self, world_size: int) -> int:
+        """How many ranks share each layer, and see the same batch."""
+        return self.parallelism.tensor if world_size > 1 else 1
+
+    def train_module_config(
+        self, world_size: int, stage: Optional[StageSpec] = None
+    ) -> TransformerTrainModuleConfig:
+        """The config of the train module, with the optimizer and the sizes of a stage."""
+        shape, sizes = self.parallelism, self.sizes(stage)
         data, tensor = None, None
         if world_size > 1:
             if shape.data != DataParallelism.none:
@@ -398,10 +640,10 @@ class JolmoModel:
             if shape.tensor > 1:
                 tensor = TransformerTensorParallelConfig(degree=shape.tensor)
         return TransformerTrainModuleConfig(
-            rank_microbatch_size=self.rank_microbatch_size,
-            max_sequence_length=self.sequence_length,
-            optim=self.optimizer_config(),
-            scheduler=self.scheduler_config(),
+            rank_microbatch_size=sizes.rank_microbatch_size,
+            max_sequence_length=sizes.sequence_length,
+            optim=self.optimizer_config(stage),
+            scheduler=self.scheduler_config(stage),
             max_grad_norm=self.max_grad_norm,
             compile_model=self.compile,
             ac_config=self.activation_checkpointing,
@@ -439,20 +681,20 @@ def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
         raise OLMoConfigurationError(f"{key}: {value!r} is not allowed, allowed is {allowed}")
 
 
-def _optimizer_config_class(name: str) -> Type[OptimConfig]:
+def _optimizer_config_class(name: str, where: str = "optimizer") -> Type[OptimConfig]:
     if name.startswith(OLMO_CORE_PREFIX):
         own = name[len(OLMO_CORE_PREFIX) :]
         theirs = sorted(set(OptimConfig.get_registered_names()) - set(list_optimizers()))
         if own not in theirs:
             raise OLMoConfigurationError(
-                f"optimizer.name: OLMo-core has no optimizer {own!r}, allowed are "
+                f"{where}.name: OLMo-core has no optimizer {own!r}, allowed are "
                 f"{closest(own, theirs)}"
             )
         return OptimConfig.get_registered_class(own)
     try:
         return optimizer_info(name).config_class
     except OLMoConfigurationError as error:
-        raise OLMoConfigurationError(f"optimizer.name: {error}") from None
+        raise OLMoConfigurationError(f"{where}.name: {error}") from None
 
 
 def _optimizer_class_name(name: str) -> str:
@@ -477,12 +719,16 @@ def _build_optimizer_spec(name: str, **values: Any) -> OptimConfig:
     :raises OLMoConfigurationError: If there is no such optimizer or field, or a value is not
         allowed.
     """
-    cls = _optimizer_config_class(name)
+    return _decode_optimizer(name, values, "optimizer")
+
+
+def _decode_optimizer(name: str, values: Dict[str, Any], where: str) -> OptimConfig:
+    cls = _optimizer_config_class(name, where)
     known = {f.name for f in fields(cls)}
     if "betas" in values and "betas" not in known and "adamw_betas" in known:
-        values.setdefault("adamw_betas", values["betas"])
-        del values["betas"]
-    return decode_fields(cls, values, "optimizer")
+        rest = {key: value for key, value in values.items() if key != "betas"}
+        values = {"adamw_betas": values["betas"], **rest}
+    return decode_fields(cls, values, where)
 
 
 def _factories() -> List[str]:

@@ -1,6 +1,7 @@
 """
-Pretraining optimizers for OLMo-core. Importing this package registers their configs with
-OLMo-core's ``OptimConfig``, under names that OLMo-core does not use.
+Pretraining optimizers for OLMo-core, and schedules that it lacks. Importing this package registers
+configs with OLMo-core's ``OptimConfig`` and schedulers with its ``Scheduler``, under names that
+OLMo-core does not use.
 """
 
 from .catalog import (
@@ -45,6 +46,15 @@ from .matrix.noise import AlphaAnnealing
 from .matrix.nor_muon import NorMuon, NorMuonConfig
 from .matrix.scion import Scion, ScionConfig, ScionNorm
 from .matrix.soap import Soap, SoapConfig
+from .schedulers import (
+    AnnealStrategy,
+    CosWithRestarts,
+    CyclicMode,
+    CyclicScheduler,
+    MultiStepScheduler,
+    OneCycleScheduler,
+    PolynomialScheduler,
+)
 from .wrappers.lookahead import Lookahead, LookaheadConfig
 from .wrappers.ranger import RangerConfig
 from .wrappers.sam import SAM, SAMConfig
@@ -68,8 +78,12 @@ __all__ = [
     "Adopt",
     "AdoptConfig",
     "AlphaAnnealing",
+    "AnnealStrategy",
     "CautiousAdamW",
     "CautiousAdamWConfig",
+    "CosWithRestarts",
+    "CyclicMode",
+    "CyclicScheduler",
     "Dion",
     "DionConfig",
     "Eva",
@@ -93,6 +107,7 @@ __all__ = [
     "MarsConfig",
     "MarsForm",
     "MemorySaveMode",
+    "MultiStepScheduler",
     "Muon",
     "MuonConfig",
     "MuonIsotropic",
@@ -106,12 +121,14 @@ __all__ = [
     "NesterovForm",
     "NorMuon",
     "NorMuonConfig",
+    "OneCycleScheduler",
     "OptimizerInfo",
     "Orthonormalization",
     "OrthonormalSide",
     "ParamRole",
     "PolarForm",
     "PolarMethod",
+    "PolynomialScheduler",
     "Preset",
     "Prodigy",
     "ProdigyConfig",

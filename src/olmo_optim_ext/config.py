@@ -219,7 +219,12 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
                     f"{_name(self)}: 'params' of 'group_overrides' {index} is {patterns!r}, "
                     "allowed is a list of names or patterns"
                 )
-            expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
+            try:
+                expanded = self._expand_param_globs(override, params, frozen, index, strict=strict)
+            except OLMoConfigurationError as error:
+                raise OLMoConfigurationError(
+                    f"{_name(self)}: 'group_overrides' {index}: {error}"
+                ) from None
             for name in dict.fromkeys(expanded.params):
                 if name in by_name:
                     raise OLMoConfigurationError(
@@ -273,8 +278,8 @@ def _let_config_win(optim: ExtOptimizer) -> None:
             group.update(fields)
         if changed:
             log.warning(
-                "The checkpoint was saved with other hyperparameters; the config's are used: "
-                + "; ".join(changed)
+                "The checkpoint was saved with other hyperparameters; the config's, or what a "
+                "schedule makes of them, are used: " + "; ".join(changed)
             )
 
     optim.register_load_state_dict_post_hook(restore)

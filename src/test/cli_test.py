@@ -14,10 +14,13 @@ from typing import List, Tuple
 import pytest
 
 import olmo_optim_ext
+from mixture_pretraining_stages.facts import read_facts, state_bytes
+from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext import cli
 from olmo_optim_ext.cli.catalog import field_docs
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
+from .mixture_pretraining_stages.synthetic import write_run
 
 
 @pytest.fixture
@@ -62,6 +65,9 @@ def test_roles_are_those_of_the_config(call, tmp_path):
     code, out, _ = call("roles", path, "optimizer.muon_on_lm_head=true", "--json")
     rows = {row["name"]: row for row in json.loads(out)}
     assert rows["lm_head.w_out.weight"]["algorithm"] == "muon"
+    override = "stages.1.optimizer={name: adamw}"
+    code, out, _ = call("roles", path, override, "--stage", "two")
+    assert code == 0 and "muon" not in out
     assert not (tmp_path / "run").exists()
 
 
@@ -81,7 +87,10 @@ def test_the_quickstart_is_the_default(call):
         (["pretrain", "--nproc", "3"], "global_batch_size: 4096.*"),
         (["pretrain", "--fast"], "--fast"),
         (["roles", "model=olmo9"], "olmo9"),
+        (["roles", "--stage", "aneal"], "--stage: 'aneal'.*anneal"),
         (["dance"], "dance"),
+        (["report"], "RUNS"),
+        (["report", "{tmp}"], "neither a run nor a comparison"),
         (["pretrain", "output=/proc/nothing"], "output: /proc/nothing cannot be written"),
         (["pretrain", "tokenizer=nowhere.json", "output={tmp}/a"], "nowhere.json"),
         (["pretrain", "sources.code.builtin=perl-code", "output={tmp}/b"], "perl-code"),
@@ -111,6 +120,15 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(arguments, message, call, tm
     assert re.search(message, out + err)
     assert "Traceback" not in out + err
     assert len((out + err).strip().splitlines()) == 1
+
+
+def test_a_report_prints_its_table_and_where_it_is(call, tmp_path):
+    run = write_run(tmp_path / "run", 1.25, name="[bold]name[/bold]")
+    code, out, _ = call("report", str(run), "--output", str(tmp_path / "out"))
+    assert code == 0
+    assert re.search(r"^ muon +0\.01 +1\.2500 +1/1 +- +no baseline", out, re.MULTILINE)
+    assert f"The report: {tmp_path / 'out' / 'report.html'}" in out
+    assert "[bold]name[/bold]" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_tokens_outside_the_vocabulary_are_refused(call, tmp_path):
@@ -156,6 +174,20 @@ def test_two_ranks_share_the_matrices(two_ranks):
     matrices = [row for row in rows if row["algorithm"] == "muon"]
     assert {row["path"] for row in matrices} == {"rows"}
     assert {owner for row in matrices for owner in row["owners"]} == {0, 1}
+
+
+def test_the_state_of_two_ranks_is_counted_together(two_ranks):
+    folder, _ = two_ranks
+    _, optim = load_spec(folder / "spec.yaml").build_on_meta(258)
+    shared = sum(
+        value.numel() * value.element_size()
+        for param, state in optim.state.items()
+        for value in state.values()
+        if value.shape != param.shape
+    )
+    facts = read_facts(folder / "run" / "run.json")
+    assert facts["state_bytes"]["two"] == state_bytes(optim) + shared
+    assert facts["ranks"] == 2
 
 
 def test_two_ranks_print_once_and_train_like_one(two_ranks):

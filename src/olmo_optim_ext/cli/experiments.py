@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import List, Optional
 
 import typer
+from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages import launch
 from mixture_pretraining_stages.tokenizers import load_tokenizer
 
+from ..catalog import closest
 from ..role_table import role_table, to_json, to_text
 from .app import CONFIG_HELP, app, console, load, load_with_flags
 from .flags import (
@@ -34,6 +36,9 @@ def roles(
     arguments: Optional[List[str]] = typer.Argument(
         None, metavar="[CONFIG] [KEY=VALUE ...]", help=CONFIG_HELP
     ),
+    stage: Optional[str] = typer.Option(
+        None, help="Whose optimizer; that of the first stage if left out."
+    ),
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """
@@ -44,9 +49,17 @@ def roles(
     """
     spec = load(arguments)
     spec.check()
+    of_stage = spec.stages[0]
+    if stage is not None:
+        names = [each.name for each in spec.stages]
+        if stage not in names:
+            raise OLMoConfigurationError(
+                f"--stage: {stage!r} is not allowed, allowed are {closest(stage, names)}"
+            )
+        of_stage = spec.stages[names.index(stage)]
     vocab_size = load_tokenizer(spec.tokenizer).config.vocab_size
-    model, optim = spec.build_on_meta(vocab_size)
-    rows = role_table(model, spec.optimizer_config(), optim)
+    model, optim = spec.build_on_meta(vocab_size, of_stage)
+    rows = role_table(model, spec.optimizer_config(of_stage), optim)
     sys.stdout.write(to_json(rows) + "\n" if json else to_text(rows))
 
 

@@ -152,6 +152,7 @@ def translate(flags: Flags, spec: JolmoModel, written: Mapping[str, Any]) -> Tra
             values[f"stages.{index}.tokens"] = scaled
     name = flags.asked_optimizer()
     if name is not None or flags.alpha is not None or flags.anneal:
+        notes += _stages_of_their_own(spec)
         overridden = {k: v for k, v in spec.optimizer.items() if written.get(k, ...) != v}
         target = _config(spec, {"name": name or spec.optimizer.get("name")})
         kept = dict(written)
@@ -218,12 +219,23 @@ def scale_tokens(tokens: Sequence[int], batches: Sequence[int], steps: int) -> L
 
 
 def _batches(spec: JolmoModel) -> List[int]:
-    return [spec.global_batch_size for _ in spec.stages]
+    return [spec.sizes(stage).global_batch_size for stage in spec.stages]
 
 
 def _steps(spec: JolmoModel) -> int:
     tokens = (stage.tokens for stage in spec.stages)
     return sum(math.ceil(count / batch) for count, batch in zip(tokens, _batches(spec)))
+
+
+def _stages_of_their_own(spec: JolmoModel) -> List[str]:
+    """For people: which stages have no use for the run's optimizer."""
+    own = [stage.name for stage in spec.stages if stage.optimizer is not None]
+    if len(own) == len(spec.stages):
+        raise OLMoConfigurationError(
+            "--optimizer, --alpha and --anneal: they are for the optimizer of the run, but each "
+            "stage has its own, allowed is stages.0.optimizer="
+        )
+    return [f"Stages with their own optimizer keep it: {', '.join(own)}"] if own else []
 
 
 def _config(spec: JolmoModel, optimizer: Mapping[str, Any]) -> OptimConfig:

@@ -3,7 +3,6 @@ One experiment as a job of SLURM: ``olmo-optim submit``.
 """
 
 import hashlib
-import importlib.util
 import io
 import os
 import shlex
@@ -17,6 +16,7 @@ from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from omegaconf import OmegaConf
 
+from mixture_pretraining_stages.extras import require
 from mixture_pretraining_stages.sources import read_documents
 from mixture_pretraining_stages.tokenizers import load_tokenizer
 from mixture_pretraining_stages.training import JolmoModel
@@ -119,11 +119,7 @@ def submit(
 
 
 def _check_executor(executor: Executor, nodes: int, options: Sequence[str]) -> None:
-    if importlib.util.find_spec("submitit") is None:
-        raise OLMoConfigurationError(
-            "submit: it needs the package submitit, which is not installed; allowed is "
-            "pip install 'olmo-optim-ext[slurm]'"
-        )
+    require("slurm", "submitit")
     if executor == Executor.local:
         if nodes > 1:
             raise OLMoConfigurationError(f"--nodes: {nodes} is not allowed, allowed is 1 if local")
@@ -142,7 +138,9 @@ def _check_executor(executor: Executor, nodes: int, options: Sequence[str]) -> N
 def _check(spec: JolmoModel, world_size: int) -> None:
     """All that would fail a job before its first step and needs no time."""
     spec.check(world_size)
-    spec.build_on_meta(load_tokenizer(spec.tokenizer).config.vocab_size)
+    vocab_size = load_tokenizer(spec.tokenizer).config.vocab_size
+    for stage in spec.stages:
+        spec.build_on_meta(vocab_size, stage)
     for name, source in spec.sources.items():
         try:
             read_documents(source)

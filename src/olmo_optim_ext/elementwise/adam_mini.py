@@ -17,6 +17,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import Scalar
 from ..engine.layout import MatrixLayout
+from ..engine.moments import ADAM_MOMENTS, Moment
 from ..engine.roles import ParamRole
 from ..engine.row_plan import RowLayout, RowMatrix, RowSums
 from ..engine.rowwise import Numbers, RowwiseOptimizer
@@ -74,6 +75,9 @@ class AdamMini(RowwiseOptimizer):
     ):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults, layouts=layouts, **engine)
+
+    def moments(self, group: Mapping[str, Any]) -> Sequence[Moment]:
+        return ADAM_MOMENTS[:1]
 
     def vectors(self, matrix: RowMatrix) -> Dict[str, int]:
         return {"exp_avg_sq": matrix.n_rows // matrix.shared_by}

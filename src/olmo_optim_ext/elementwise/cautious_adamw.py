@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, WholeSums
+from ..engine.moments import ADAM_MOMENTS
 from .moments import MOMENTS, adam_moments, adam_scalars
 
 __all__ = ["CautiousAdamW", "CautiousAdamWConfig"]
@@ -72,7 +73,11 @@ class CautiousAdamW(ElementwiseOptimizer):
     """
 
     rule = ElementwiseRule(
-        MOMENTS, cautious_scalars, cautious_adamw, WholeSums(kept_coordinates, mask_scale)
+        MOMENTS,
+        cautious_scalars,
+        cautious_adamw,
+        WholeSums(kept_coordinates, mask_scale),
+        moments=ADAM_MOMENTS,
     )
 
     def __init__(

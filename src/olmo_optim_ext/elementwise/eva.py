@@ -19,6 +19,7 @@ from ..engine.elementwise import (
     Scalar,
     WholeSums,
 )
+from ..engine.moments import ADAM_MOMENTS
 from .moments import MOMENTS, adam_scalars, adam_update
 
 __all__ = ["Eva", "EvaConfig"]
@@ -78,7 +79,11 @@ class Eva(ElementwiseOptimizer):
     """
 
     rule = ElementwiseRule(
-        MOMENTS, eva_scalars, eva, WholeSums(sums_of_gradient, variance_factor, raw_gradient=True)
+        MOMENTS,
+        eva_scalars,
+        eva,
+        WholeSums(sums_of_gradient, variance_factor, raw_gradient=True),
+        moments=ADAM_MOMENTS,
     )
 
     def __init__(

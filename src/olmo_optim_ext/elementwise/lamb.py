@@ -20,6 +20,7 @@ from ..engine.elementwise import (
     bias_correction,
     no_decay,
 )
+from ..engine.moments import ADAM_MOMENTS
 from .moments import MOMENTS, adam_moments, adapts
 
 __all__ = ["Lamb", "LambConfig"]
@@ -98,7 +99,12 @@ class Lamb(ElementwiseOptimizer):
     """
 
     rule = ElementwiseRule(
-        MOMENTS, lamb_scalars, lamb, WholeSums(sums_of_squares, trust_ratio), decay=no_decay
+        MOMENTS,
+        lamb_scalars,
+        lamb,
+        WholeSums(sums_of_squares, trust_ratio),
+        decay=no_decay,
+        moments=ADAM_MOMENTS,
     )
 
     def __init__(

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
+from ..engine.moments import average, beta_of
 
 __all__ = ["Lion", "LionConfig"]
 
@@ -39,7 +40,12 @@ class Lion(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(("exp_avg",), lion_scalars, lion)
+    rule = ElementwiseRule(
+        ("exp_avg",),
+        lion_scalars,
+        lion,
+        moments=(average("exp_avg", 1, beta_of("betas", 1), corrected=False),),
+    )
 
     def __init__(
         self,

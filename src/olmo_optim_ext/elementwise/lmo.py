@@ -8,10 +8,11 @@ from typing import Any, Dict, Mapping, Sequence, Tuple
 import torch
 
 from ..engine.elementwise import ElementwiseRule, Scalar, WholeSums
+from ..engine.moments import Moment, number
 from ..linalg.norms import EPS, ScionNorm
 from .moments import MOMENTUM
 
-__all__ = ["LMO_RULES", "averaged"]
+__all__ = ["LMO_MOMENTS", "LMO_RULES", "averaged"]
 
 
 def averaged(grad: torch.Tensor, momentum: torch.Tensor, new: Any, old: Any) -> torch.Tensor:
@@ -60,10 +61,20 @@ def rms_update(
     return (size * scale) * momentum, momentum
 
 
+LMO_MOMENTS = (
+    Moment(
+        "momentum", 1, lambda group: 1.0 - group["momentum"], number("momentum"), corrected=False
+    ),
+)
+
 LMO_RULES: Dict[str, ElementwiseRule] = {
-    str(ScionNorm.sign): ElementwiseRule(MOMENTUM, sign_scalars, sign_update),
+    str(ScionNorm.sign): ElementwiseRule(MOMENTUM, sign_scalars, sign_update, moments=LMO_MOMENTS),
     str(ScionNorm.rms): ElementwiseRule(
-        MOMENTUM, rms_scalars, rms_update, WholeSums(sum_of_squares, reciprocal_rms)
+        MOMENTUM,
+        rms_scalars,
+        rms_update,
+        WholeSums(sum_of_squares, reciprocal_rms),
+        moments=LMO_MOMENTS,
     ),
 }
 """By norm."""

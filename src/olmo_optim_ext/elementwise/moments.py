@@ -7,6 +7,7 @@ from typing import Any, Mapping, Sequence, Tuple
 import torch
 
 from ..engine.elementwise import ElementwiseRule, Scalar, bias_correction, first_or
+from ..engine.moments import ADAM_MOMENTS
 
 __all__ = [
     "ADAM",
@@ -69,7 +70,7 @@ def adam_update(
     return step_size * (exp_avg / denom), exp_avg, exp_avg_sq
 
 
-ADAM = ElementwiseRule(MOMENTS, adam_scalars, adam_update)
+ADAM = ElementwiseRule(MOMENTS, adam_scalars, adam_update, moments=ADAM_MOMENTS)
 
 
 def heavy_ball_scalars(group: Mapping[str, Any], step: torch.Tensor) -> Sequence[Scalar]:

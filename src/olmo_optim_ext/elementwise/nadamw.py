@@ -16,6 +16,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, bias_correction
 from ..engine.hyperparameters import to_choice
+from ..engine.moments import ADAM_MOMENTS
 from .moments import MOMENTS, adam_moments
 
 __all__ = ["NAdamW", "NAdamWConfig", "NesterovForm"]
@@ -113,7 +114,7 @@ class NAdamW(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(MOMENTS, nadamw_scalars, nadamw)
+    rule = ElementwiseRule(MOMENTS, nadamw_scalars, nadamw, moments=ADAM_MOMENTS)
 
     def __init__(
         self,

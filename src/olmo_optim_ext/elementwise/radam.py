@@ -18,6 +18,7 @@ from ..engine.elementwise import (
     Scalar,
     bias_correction,
 )
+from ..engine.moments import ADAM_MOMENTS
 from .moments import MOMENTS, adam_moments
 
 __all__ = ["RAdam", "RAdamConfig"]
@@ -69,7 +70,7 @@ class RAdam(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(MOMENTS, radam_scalars, radam)
+    rule = ElementwiseRule(MOMENTS, radam_scalars, radam, moments=ADAM_MOMENTS)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
 from ..engine.hyperparameters import to_flag
+from ..engine.moments import average, number
 
 __all__ = ["RMSprop", "RMSpropConfig"]
 
@@ -90,11 +91,19 @@ def rmsprop_centered_momentum(
 
 
 _V, _M, _U = "exp_avg_sq", "exp_avg", "momentum"
+_MOMENTS = (
+    average(_V, 2, number("beta2"), corrected=False),
+    average(_M, 1, number("beta2"), corrected=False),
+)
 _RULES: Dict[Tuple[bool, bool], ElementwiseRule] = {
-    (False, False): ElementwiseRule((_V,), rmsprop_scalars, rmsprop),
-    (False, True): ElementwiseRule((_V, _U), rmsprop_scalars, rmsprop_momentum),
-    (True, False): ElementwiseRule((_V, _M), rmsprop_scalars, rmsprop_centered),
-    (True, True): ElementwiseRule((_V, _M, _U), rmsprop_scalars, rmsprop_centered_momentum),
+    (False, False): ElementwiseRule((_V,), rmsprop_scalars, rmsprop, moments=_MOMENTS[:1]),
+    (False, True): ElementwiseRule(
+        (_V, _U), rmsprop_scalars, rmsprop_momentum, moments=_MOMENTS[:1]
+    ),
+    (True, False): ElementwiseRule((_V, _M), rmsprop_scalars, rmsprop_centered, moments=_MOMENTS),
+    (True, True): ElementwiseRule(
+        (_V, _M, _U), rmsprop_scalars, rmsprop_centered_momentum, moments=_MOMENTS
+    ),
 }
 """By whether it is centered, and has momentum."""
 

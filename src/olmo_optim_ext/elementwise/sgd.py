@@ -14,6 +14,8 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
+from ..engine.moments import heavy_ball as heavy_ball_moment
+from ..engine.moments import number
 from .moments import MOMENTUM, heavy_ball, heavy_ball_scalars
 
 __all__ = ["SGD", "SGDConfig"]
@@ -43,7 +45,16 @@ class SGD(ElementwiseOptimizer):
         without momentum or with dampening.
     """
 
-    rule = ElementwiseRule(MOMENTUM, sgd_scalars, sgd)
+    rule = ElementwiseRule(
+        MOMENTUM,
+        sgd_scalars,
+        sgd,
+        moments=(
+            heavy_ball_moment(
+                "momentum", number("momentum"), lambda group: 1.0 - group["dampening"]
+            ),
+        ),
+    )
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import STEP, EngineOptions
 from ..engine.elementwise import ElementwiseRule, Scalar
 from ..engine.hyperparameters import POSITIVE, check_hyperparameters, to_choice
+from ..engine.moments import average, beta_of
 from ..engine.placement import sum_over_shards
 from .hessian import HESSIAN, HESSIAN_STEP, HessianOptimizer
 
@@ -82,7 +83,12 @@ class Sophia(HessianOptimizer):
     """
 
     # The Hessian comes last, as a step does not write it.
-    rule = ElementwiseRule(("exp_avg", HESSIAN), sophia_scalars, sophia)
+    rule = ElementwiseRule(
+        ("exp_avg", HESSIAN),
+        sophia_scalars,
+        sophia,
+        moments=(average("exp_avg", 1, beta_of("betas", 0), corrected=False),),
+    )
     how_to_estimate = (
         'OLMo-core\'s trainer gives them with trainer_config.add_callback("sophia", '
         "SophiaCallback()), from olmo_optim_ext.training import SophiaCallback; a loop of your own "

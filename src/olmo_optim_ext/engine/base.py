@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from .gate import all_finite, decide, gate_state
 from .hyperparameters import Allowed, check_hyperparameters, to_flag
+from .moments import Moment
 
 __all__ = [
     "ALGORITHM",
@@ -251,6 +252,22 @@ class ExtOptimizer(SkipStepOptimizer):
     def is_exact(self, buffer: str) -> bool:
         """Whether ``state_dtype`` does not apply to one of :meth:`buffers`."""
         return buffer in self.exact_buffers
+
+    def moments(self, group: Mapping[str, Any]) -> Sequence[Moment]:
+        """
+        Which state of the parameters of a group are averages of gradients or of their squares, so
+        that another optimizer can continue them.
+        """
+        del group
+        return ()
+
+    def put(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
+        """
+        Set state that has a number for each element of the parameter. All ranks call it.
+
+        :param value: Shaped and sharded like the parameter.
+        """
+        get_local_tensor(self.state[param][key]).copy_(get_local_tensor(value))
 
     def update(self, work: Sequence[GroupWork]) -> None:
         """Update parameters and state in place. Called once a step, on all ranks alike."""

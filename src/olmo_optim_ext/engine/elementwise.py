@@ -32,6 +32,7 @@ from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
 
 from .base import CALLS, DECOUPLED, ExtOptimizer, GroupWork, Member
+from .moments import Moment
 from .placement import sharding_dims, sum_over_shards
 from .write import Rounding, chunks, rounding_of, some_of, write_state, write_weights
 
@@ -142,6 +143,9 @@ class ElementwiseRule:
 
     decay: DecayOf = decoupled_decay
     """From the group and its clock: by what decoupled weight decay multiplies the parameter."""
+
+    moments: Tuple[Moment, ...] = ()
+    """What of :data:`buffers` are averages of gradients, or of their squares."""
 
 
 def bias_correction(beta: float, step: torch.Tensor) -> torch.Tensor:
@@ -539,6 +543,9 @@ class ElementwiseOptimizer(ExtOptimizer):
     """
 
     rule: ElementwiseRule
+
+    def moments(self, group: Mapping[str, Any]) -> Sequence[Moment]:
+        return self.rule_of(group).moments
 
     def rule_of(self, group: Mapping[str, Any]) -> ElementwiseRule:
         """The rule of a group's parameters, which never changes."""

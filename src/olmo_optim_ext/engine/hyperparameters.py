@@ -15,6 +15,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from .gate import CAPACITY
 
 __all__ = [
+    "FRACTION",
     "INSIDE",
     "NATURAL",
     "NON_NEGATIVE",
@@ -92,12 +93,12 @@ THREE_BETAS: Allowed = (lambda value: _fractions(value, 3), "three numbers in [0
 POSITIVE: Allowed = (_positive, "a finite number > 0")
 POSITIVE_INT: Allowed = (_positive_int, "an integer >= 1")
 NATURAL: Allowed = (_natural, "an integer >= 0")
+FRACTION: Allowed = (_fraction, "a number in [0, 1)")
 SHARE: Allowed = (_share, "a number in (0, 1]")
 INSIDE: Allowed = (lambda value: _share(value) and value < 1, "a number in (0, 1)")
 _LEARNING_RATE = (_learning_rate, "a finite number >= 0")
 _DTYPE = (_float32_or_bfloat16, "float32 or bfloat16")
 _BETAS = (lambda value: _fractions(value, 2), "two numbers in [0, 1)")
-_FRACTION = (_fraction, "a number in [0, 1)")
 
 _ALLOWED: Dict[str, Allowed] = {
     "lr": _LEARNING_RATE,
@@ -109,9 +110,9 @@ _ALLOWED: Dict[str, Allowed] = {
     "adamw_eps": NON_NEGATIVE,
     "betas": _BETAS,
     "adamw_betas": _BETAS,
-    "momentum": _FRACTION,
+    "momentum": FRACTION,
     "momentum_decay": NON_NEGATIVE,
-    "beta2": _FRACTION,
+    "beta2": FRACTION,
     "rank_fraction": SHARE,
     "rank_multiple_of": POSITIVE_INT,
     "basis_eps": POSITIVE,
@@ -121,7 +122,7 @@ _ALLOWED: Dict[str, Allowed] = {
     "rolling_interval_length": (_window, f"an integer from 2 to {CAPACITY}"),
     "sigma_factor": POSITIVE,
     "state_dtype": _DTYPE,
-    "shampoo_beta": _FRACTION,
+    "shampoo_beta": FRACTION,
     "precondition_frequency": POSITIVE_INT,
     "max_precond_dim": POSITIVE_INT,
     "block_size": POSITIVE_INT,
@@ -163,7 +164,7 @@ _ALLOWED: Dict[str, Allowed] = {
     "lr_1d_factor": POSITIVE,
     "betas_1d": _BETAS,
     "weight_decay_1d": NON_NEGATIVE,
-    "beta3": _FRACTION,
+    "beta3": FRACTION,
     "d0": POSITIVE,
     "d_coef": POSITIVE,
     "growth_rate": (lambda value: _number(value) and value >= 1, "a finite number >= 1"),

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from olmo_core.distributed.utils import get_local_tensor
 from olmo_core.exceptions import OLMoConfigurationError
+from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from .base import ALGORITHM, CALLS, STEP, EngineOptions, ExtOptimizer, GroupWork
@@ -16,7 +17,8 @@ from .elementwise import ElementwiseRule, apply_rule
 from .exchange import BUCKET_BYTES
 from .factors import Shape
 from .layout import MatrixLayout
-from .placement import Path
+from .moments import Moment
+from .placement import Path, gather_whole
 from .plan import Job, Plan
 from .write import Rounding, chunks, rounding_of, write_weights
 
@@ -57,6 +59,9 @@ class MatrixBase(ExtOptimizer):
 
     matrix_buffers: ClassVar[Tuple[str, ...]]
     """Names of the state that is shaped and sharded like a parameter with matrices."""
+
+    matrix_moments: ClassVar[Tuple[Moment, ...]] = ()
+    """What of the state of parameters with matrices are averages of gradients."""
 
     bucket_bytes: ClassVar[int] = BUCKET_BYTES
 
@@ -137,6 +142,30 @@ class MatrixBase(ExtOptimizer):
         if group[ALGORITHM] == self.algorithm:
             return self.matrix_buffers
         return self.leftover_rules[group[ALGORITHM]].buffers
+
+    def moments(self, group: Mapping[str, Any]) -> Sequence[Moment]:
+        if group[ALGORITHM] == self.algorithm:
+            return self.matrix_moments
+        return self.leftover_rules[group[ALGORITHM]].moments
+
+    def put(self, param: torch.Tensor, key: str, value: torch.Tensor) -> None:
+        self._ensure_plans()
+        plan = self._plans.get(param)
+        if plan is None or key not in plan.factors.names:
+            super().put(param, key, value)
+            return
+        whole = value
+        if isinstance(param, DTensor):
+            whole = gather_whole(get_local_tensor(value), param)
+        rows = whole.reshape(plan.layout.rows, plan.layout.cols)
+        for index, block in enumerate(plan.layout.blocks()):
+            held = plan.factors.views(self.state[param], index)
+            if key not in held:
+                continue
+            matrix = rows.narrow(0, block.first_row, block.n_rows)
+            matrix = matrix.narrow(1, block.first_col, block.n_cols)
+            matrix = matrix.T if plan.layout.in_out else matrix
+            held[key].copy_(plan.factors.held_part(key, index, matrix))
 
     def add_param_group(self, param_group: Dict[str, Any]) -> None:
         name = type(self).__name__

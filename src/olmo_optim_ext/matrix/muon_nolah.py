@@ -60,6 +60,7 @@ class MuonNolah(MuonFamily):
     """
 
     algorithm = "muon_nolah"
+    matrix_moments = ()  # of gated gradients, damped
     measures = True
 
     def __init__(

@@ -12,9 +12,23 @@ from ..engine.matrix import Owned
 from ..engine.random import random_signs
 from ..linalg.spectrum import PROBES, lanczos, orthogonality_error, ranks_of
 
-__all__ = ["orthogonal_report", "thin_report", "to_numbers", "update_rms"]
+__all__ = [
+    "FAILED",
+    "has_failed",
+    "orthogonal_report",
+    "thin_report",
+    "to_numbers",
+    "update_rms",
+]
 
 SPECTRUM, GRAM = "spectrum", "gram"
+FAILED = "failed orthogonalisations"
+
+LARGEST = 1.5
+"""
+Root mean square of the singular values beyond which an orthogonalisation has diverged: iterations
+of all methods leave them below 1.25, and rows of like size do not change their sum of squares.
+"""
 
 STEPS = 16
 """Of Lanczos: half of what its module takes, in an eighth of the time on the host."""
@@ -34,7 +48,20 @@ def orthogonal_report(
         SPECTRUM: lanczos(owned.x, torch.stack(probes), STEPS),
         "orthogonality error": orthogonality_error(updates),
         "update RMS": update_rms(updates, scale),
+        FAILED: has_failed(owned.x, updates).float(),
     }
+
+
+def has_failed(x: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+    """
+    Whether an orthogonalisation gave what it cannot: something that is not finite, zero of a matrix
+    that is not, or singular values far above 1. ``(k,)``.
+
+    :param updates: Shape ``(k, m, n)``, like ``x``.
+    """
+    norm = torch.linalg.matrix_norm(updates.to(torch.promote_types(updates.dtype, torch.float32)))
+    vanished = (norm == 0) & x.ne(0).any(-1).any(-1)
+    return vanished | ~(norm <= LARGEST * min(x.shape[-2:]) ** 0.5)
 
 
 def update_rms(updates: torch.Tensor, scale: float) -> torch.Tensor:

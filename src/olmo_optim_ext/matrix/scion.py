@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Unpack
 
 from ..config import MatrixOptimConfig
-from ..elementwise.lmo import LMO_RULES, averaged
+from ..elementwise.lmo import LMO_MOMENTS, LMO_RULES, averaged
 from ..elementwise.moments import MOMENTUM
 from ..engine.base import GroupWork
 from ..engine.hyperparameters import Allowed, check_hyperparameters, to_choice, to_flag
@@ -48,6 +48,7 @@ class Scion(MatrixOptimizer):
     needs_matrices = False  # signs and RMS alone are an optimizer too
     leftover_rules = LMO_RULES
     matrix_buffers = MOMENTUM
+    matrix_moments = LMO_MOMENTS
     allowed: ClassVar[Mapping[str, Allowed]] = {
         "momentum": (
             lambda a: isinstance(a, (int, float)) and not isinstance(a, bool) and 0 < a <= 1,

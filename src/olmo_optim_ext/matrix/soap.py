@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 from ..engine.elementwise import bias_correction
 from ..engine.hyperparameters import to_flag
 from ..engine.matrix import Owned
+from ..engine.moments import average, beta_of
 from ..linalg.eigenbasis import eigenbasis, gram_average, power_step
 from ..linalg.precision import full_precision
 from .base import AdamWOptions
@@ -124,6 +125,8 @@ class Soap(PreconditionedOptimizer):
     """
 
     algorithm = "soap"
+    # In the basis, but as long as none is found that is the identity.
+    matrix_moments = (average(EXP_AVG, 1, beta_of("betas", 0)),)
     host_factors = (UPDATES,)
     nullable = frozenset({"shampoo_beta"})
 
@@ -204,6 +207,8 @@ class Soap(PreconditionedOptimizer):
             for s in at:
                 new[EIGVECS[s]], found = eigenbasis(new[GRAMS[s]], group["float64_on_failure"])
                 new[FAILURES] = _counted(new.get(FAILURES, old[FAILURES]), found)
+            # Zero, but if another optimizer has left it.
+            new[EXP_AVG] = rotate(old[EXP_AVG], [new.get(name) for name in EIGVECS])
             return torch.zeros_like(grad), new
 
         bases = [old.get(name) for name in EIGVECS]

@@ -66,8 +66,9 @@ def check_never_decays(
     for now in [*range(0, t_max, max(1, t_max // 1000)), t_max]:
         lr = float(scheduler.get_lr(initial_lr, now, t_max))
         if lr < before * (1 - 1e-6):
+            named = getattr(scheduler, "inner", scheduler)  # of one that scales another
             raise OLMoConfigurationError(
-                f"{where}: {type(scheduler).__name__} lowers the learning rate, at {now} of "
+                f"{where}: {type(named).__name__} lowers the learning rate, at {now} of "
                 f"{t_max} {scheduler.units} to {lr:.3g}, and the average of schedule_free is in "
                 "place of that; allowed are schedules that never do: constant, "
                 "constant_with_warmup, or none"

@@ -12,6 +12,7 @@ from olmo_core.train.train_module import TransformerTrainModule
 
 from ..elementwise.mars import Mars
 from .attached import optimizer_of, transformer_of
+from .gradient_values import ClipGradValueCallback
 from .passes import backward_again, gradients_apart
 
 __all__ = ["LastWeightsCallback"]
@@ -26,7 +27,8 @@ class LastWeightsCallback(Callback):
         trainer_config.add_callback("last_weights", LastWeightsCallback())
 
     It has the same micro-batches, and is clipped by its own norm at the train module's
-    ``max_grad_norm``, as in the authors' code.
+    ``max_grad_norm``, as in the authors' code, and before that like the main one where there is a
+    ``ClipGradValueCallback``.
 
     :raises OLMoConfigurationError: When it is attached, unless the optimizer is ``mars`` with
         ``exact`` and the train module one that can make further passes.
@@ -43,6 +45,9 @@ class LastWeightsCallback(Callback):
         with gradients_apart(module):
             with optim.at_last_weights():
                 backward_again(module, batch)
+            for callback in self.trainer.callbacks.values():
+                if isinstance(callback, ClipGradValueCallback):
+                    callback.pre_optim_step()
             if module.max_grad_norm is not None:
                 module._clip_grad_norm(module.max_grad_norm)
             optim.keep_last_gradients()

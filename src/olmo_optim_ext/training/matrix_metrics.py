@@ -16,7 +16,7 @@ from olmo_core.train.callbacks import Callback
 from ..engine.base import CALLS
 from ..engine.matrix_base import MatrixBase
 from ..engine.roles import classify
-from ..matrix.reports import to_numbers
+from ..matrix.reports import FAILED, to_numbers
 from .attached import optimizer_of
 
 __all__ = ["MatrixMetricsCallback", "matrix_metric"]
@@ -24,7 +24,7 @@ __all__ = ["MatrixMetricsCallback", "matrix_metric"]
 RANKS = ("effective rank", "stable rank")
 RELATIVE = "relative "
 FIRED = "noise fired"
-COUNTS = ("failed refreshes",)
+COUNTS = ("failed refreshes", FAILED)
 """Measures that add up over matrices."""
 
 Numbers = Dict[str, float]
@@ -59,14 +59,17 @@ class MatrixMetricsCallback(Callback):
     - ``update RMS``: of the update's elements, before the learning rate.
     - With noise, ``noise scale``, the Frobenius norm of the noise over ``sqrt(min(out, in))``, 0 in
       a step without, and ``noise fired``, the share of all calls of ``step()`` that had some.
+    - Of rules that orthogonalise whole matrices ``failed orthogonalisations``: of how many
+      matrices of the parameter or role the update of this step is not finite, is zero though the
+      matrix is not, or has singular values whose root mean square is above 1.5.
     - Of SOAP ``failed refreshes``, how often an eigenbasis was not found and the old one kept,
       added up over the whole run, both sides, and all matrices of the parameter or role.
 
     There is no host-device sync in ``step()``. After a step with a report, and only there, the host
     waits for the device; each rank evaluates the matrices that it has computed, and all exchange
     the results, so that all record the same. A matrix takes a rank 15 to 50 ms where its smaller
-    side is 256 or more (one core). Nothing is recorded of a step that was skipped, nor of a
-    matrix whose report is not finite.
+    side is 256 or more (one core). Nothing is recorded of a step that was skipped, and of a
+    matrix whose report is not finite only that its orthogonalisation has failed.
 
     :raises OLMoConfigurationError: When it is attached, unless :data:`interval` is at least 1 and
         the train module has one optimizer, of this package and with a rule for matrices.
@@ -132,7 +135,9 @@ def _evaluate(
     calls = optim.param_groups[0][CALLS]
     for name, matrix, shape in optim.matrices():
         report = {key: x.cpu().numpy() for key, x in reports.get(matrix, {}).items()}
-        if not report or not all(np.isfinite(x).all() for x in report.values()):
+        if not all(np.isfinite(x).all() for x in report.values()):
+            report = {FAILED: report[FAILED]} if FAILED in report else {}
+        if not report:
             continue
         numbers = to_numbers(report)
         for measure in RANKS:

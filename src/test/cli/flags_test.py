@@ -200,6 +200,19 @@ def test_steps_are_exact_and_in_proportion_with_a_batch_for_each_stage(folder):
     assert [stage.tokens for stage in spec.stages] == [256 * 6, 256 * 3]
 
 
+def test_stages_keep_what_is_their_own(folder):
+    stages = tiny_spec(folder)["stages"]
+    stages[1] = {**stages[1], "optimizer": {"name": "adamw"}, "global_batch_size": 512}
+    spec = load(folder, Flags(optimizer="soap", steps=5), stages=stages)
+    assert [stage.optimizer for stage in spec.stages] == [None, {"name": "adamw"}]
+    # 12 batches of 256 tokens and 3 of 512.
+    assert [stage.tokens for stage in spec.stages] == [256 * 4, 512]
+    assert "keep it: two" in notes(folder, Flags(optimizer="soap"), stages=stages)[0]
+    stages[0] = {**stages[0], "optimizer": {"name": "adamw"}}
+    with pytest.raises(OLMoConfigurationError, match="each stage has its own"):
+        load(folder, Flags(optimizer="soap"), stages=stages)
+
+
 def test_the_command_line_takes_them(folder, monkeypatch, capsys):
     path = write_spec(folder / "spec.yaml", tiny_spec(folder))
     line = ["pretrain", str(path), "--nolah", "--alpha", "1e-4", "--steps", "20", "--seed", "1"]

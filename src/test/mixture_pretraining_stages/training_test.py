@@ -13,7 +13,7 @@ from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import WSD, AdamWConfig, ConstantScheduler
 
 import olmo_optim_ext
-from mixture_pretraining_stages.callbacks import StageScheduler
+from mixture_pretraining_stages.schedule import StageScheduler
 from mixture_pretraining_stages.training import (
     JolmoModel,
     OptimizerMetricsSpec,

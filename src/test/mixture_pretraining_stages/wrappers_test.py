@@ -80,7 +80,7 @@ def test_sam_gets_its_second_pass_and_reports_are_those_of_the_optimizer_inside(
         ({"scheduler": {"type": "cos_with_warmup", "warmup": 2}}, "scheduler: CosWithWarmup low"),
         (
             {"stages": [SAME_RATE[0], {**SAME_RATE[1], "lr_scale": 0.5}]},
-            "stages.1.lr_scale: 0.5 is not allowed, allowed is at least the 1.0",
+            "stages.1.lr_scale: 0.5 is not allowed, allowed is what keeps the learning rate",
         ),
     ],
     ids=["scheduler", "stages"],

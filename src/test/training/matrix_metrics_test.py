@@ -15,8 +15,17 @@ import torch.nn as nn
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import AdamWConfig as OLMoCoreAdamWConfig
 
-from olmo_optim_ext import AdamWConfig, MuonConfig
+from olmo_optim_ext import (
+    AdamWConfig,
+    MuonConfig,
+    MuonNolahConfig,
+    NorMuonConfig,
+    ScionConfig,
+)
 from olmo_optim_ext.linalg import spectrum
+from olmo_optim_ext.linalg.polar import PolarMethod, polar
+from olmo_optim_ext.matrix import orthogonal
+from olmo_optim_ext.matrix.reports import FAILED, has_failed
 from olmo_optim_ext.training import MatrixMetricsCallback, matrix_metric, matrix_metrics
 
 from ..ranks import run_on_ranks
@@ -147,7 +156,8 @@ def test_experts_are_averaged(world_size, ranks):
         record = rank["experts"]
         (expected,), (got,) = record["expected"].values(), record["metrics"].values()
         assert [len(matrices) for matrices in expected.values()] == [6] * 6
-        assert got == pytest.approx(means(expected, "experts"), rel=2e-3)
+        assert measured(got) == pytest.approx(means(expected, "experts"), rel=2e-3)
+        assert got[matrix_metric(FAILED, "experts")] == 0
 
 
 def test_a_rank_without_matrices_records_the_same(ranks):
@@ -155,7 +165,7 @@ def test_a_rank_without_matrices_records_the_same(ranks):
         for rank in ranks[world_size]:
             record = rank["one matrix"]
             (expected,), (got,) = record["expected"].values(), record["metrics"].values()
-            assert got == pytest.approx(means(expected, "matrix"), rel=2e-3)
+            assert measured(got) == pytest.approx(means(expected, "matrix"), rel=2e-3)
 
 
 # On one rank, without a trainer
@@ -236,7 +246,7 @@ def test_the_host_reads_values_only_after_a_step_with_a_report(monkeypatch):
             callback.post_train_batch()
 
 
-def test_a_matrix_that_is_not_finite_is_left_out():
+def test_of_a_matrix_that_is_not_finite_only_that_its_orthogonalisation_failed():
     model = two_linear()
     optim = MuonConfig(skip_step=False).build(model)
     callback = MatrixMetricsCallback(interval=1)
@@ -249,9 +259,54 @@ def test_a_matrix_that_is_not_finite_is_left_out():
     optim.step()
     callback.post_train_batch()
     assert set(recorded) == {
-        *(matrix_metric(measure, "1.weight") for measure in LAYER),
-        *(matrix_metric(measure, "matrix") for measure in ROLE),
+        matrix_metric(FAILED, "0.weight"),
+        *(matrix_metric(measure, "1.weight") for measure in [*LAYER, FAILED]),
+        *(matrix_metric(measure, "matrix") for measure in [*ROLE, FAILED]),
     }
+    assert recorded[matrix_metric(FAILED, "0.weight")] == 1
+    assert recorded[matrix_metric(FAILED, "1.weight")] == 0
+    assert recorded[matrix_metric(FAILED, "matrix")] == 1
+
+
+@pytest.mark.parametrize("method", list(PolarMethod))
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_no_polar_factor_of_a_finite_matrix_counts_as_failed(method, scale):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 12, 20, generator=generator)
+    x[1] = x[1, :, :1] @ x[1, :1]  # rank 1
+    x[2] = 0
+    x = x * scale
+    assert not has_failed(x, polar(x, method)).any()
+    half = x.bfloat16()
+    assert method == PolarMethod.svd or not has_failed(half, polar(half, method)).any()
+
+
+def test_what_diverged_vanished_or_is_not_finite_counts_as_failed():
+    x = torch.ones(4, 3, 5)
+    updates = polar(x, PolarMethod.svd)
+    updates[0] *= 1.5 * 3**0.5 + 0.01  # a lone singular value against the mean of three
+    updates[1] = 0
+    updates[2, 0, 0] = math.nan
+    assert has_failed(x, updates).tolist() == [True, True, True, False]
+
+
+def diverging(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return x * (3 / torch.linalg.matrix_norm(x, 2, keepdim=True))
+
+
+def test_a_run_records_an_orthogonalisation_that_diverges(monkeypatch):
+    monkeypatch.setattr(orthogonal, "polar", diverging)
+    for config in (MuonConfig(), NorMuonConfig(), MuonNolahConfig(), ScionConfig()):
+        model = two_linear()
+        optim = config.build(model)
+        callback = MatrixMetricsCallback(interval=1)
+        recorded = attached(callback, model, optim)
+        for param in model.parameters():
+            param.grad = torch.linspace(1, 2, param.numel()).sin().view(param.shape)
+        callback.pre_optim_step()
+        optim.step()
+        callback.post_train_batch()
+        assert recorded[matrix_metric(FAILED, "matrix")] == 2, config
 
 
 def test_a_report_is_taken_once_and_leaves_nothing(monkeypatch):

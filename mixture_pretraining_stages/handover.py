@@ -1,0 +1,138 @@
+"""
+What a stage begins with: its own last checkpoint, what the stage before has left, or a checkpoint
+of another run's; and where the optimizer is another, what goes over from one to the other.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from olmo_core.distributed.checkpoint import load_model_and_optim_state
+from olmo_core.distributed.utils import get_rank
+from olmo_core.exceptions import OLMoConfigurationError
+from olmo_core.optim import OptimConfig
+from olmo_core.train import Trainer
+from olmo_core.train.train_module import TransformerTrainModule
+
+from olmo_optim_ext.engine.base import ExtOptimizer
+from olmo_optim_ext.training import Decision, carry_over
+
+from . import checkpoints
+from .plans import StagePlan
+from .training import JolmoModel
+
+__all__ = ["begin"]
+
+CARRIED = "carried.json"
+"""In the folder of a stage: what went over from another optimizer, and what began anew."""
+
+
+def begin(
+    trainer: Trainer, spec: JolmoModel, plans: Sequence[StagePlan], plan: StagePlan, vocab_size: int
+) -> List[str]:
+    """
+    Continue the stage, or begin it. All ranks call it.
+
+    :returns: What happened, for a person.
+
+    :raises OLMoConfigurationError: If a checkpoint does not fit.
+    """
+    if (saved := checkpoints.latest(plan.folder)) is not None:
+        checkpoints.check_fits(saved.path, _module(trainer))
+        trainer.load_checkpoint(saved.path, load_trainer_state=True, load_optim_state=True)
+        return [f"{plan.spec.name}: continuing from {saved.path}"]
+    if plan.index > 0:
+        before = checkpoints.latest(plans[plan.index - 1].folder)
+        assert before is not None
+        state = torch.load(Path(before.path) / "train" / "rank0.pt", weights_only=False)
+        trainer.global_step = state["global_step"]
+        trainer.global_train_tokens_seen = state["global_train_tokens_seen"]
+        trainer.global_train_petaflops = state["global_train_petaflops"]
+        source = spec.optimizer_config(plans[plan.index - 1].spec)
+        return _load(trainer, spec, plan, f"{before.path}/model_and_optim", source, vocab_size)
+    if spec.warm_start is None:
+        return []
+    folder = checkpoints.weights_of(spec.warm_start.path)
+    said = [f"{plan.spec.name}: begins with the weights of {folder}"]
+    if not spec.warm_start.optimizer_state:
+        module = _module(trainer)
+        checkpoints.check_weights_fit(folder, module)
+        load_model_and_optim_state(folder, module.model)
+        return said
+    source = spec.warm_start_optimizer_config()
+    return said + _load(trainer, spec, plan, folder, source, vocab_size)
+
+
+def _module(trainer: Trainer) -> TransformerTrainModule:
+    module = trainer.train_module
+    assert isinstance(module, TransformerTrainModule)
+    return module
+
+
+def _load(
+    trainer: Trainer,
+    spec: JolmoModel,
+    plan: StagePlan,
+    folder: str,
+    source: OptimConfig,
+    vocab_size: int,
+) -> List[str]:
+    """Load weights, and of the optimizer's state what means the same in the stage's."""
+    module = _module(trainer)
+    ours = spec.optimizer_config(plan.spec)
+    if _kind(source) == _kind(ours) and (
+        source == ours or checkpoints.misfit(folder, module) is None
+    ):
+        checkpoints.check_fits(folder, module)
+        load_model_and_optim_state(
+            folder,
+            *(module.model, module.optim),
+            flatten_optimizer_state=True,  # as the trainer saves it
+        )
+        return []
+    optim = module.optim
+    if not isinstance(optim, ExtOptimizer):
+        raise OLMoConfigurationError(
+            f"stages.{plan.index}.optimizer: state of another optimizer cannot go over to "
+            f"{type(optim).__name__}, allowed are those of `olmo-optim list`"
+        )
+    checkpoints.check_weights_fit(folder, module)
+    load_model_and_optim_state(folder, module.model)
+    model = spec.model_config(vocab_size).build(init_device="meta")
+    decisions = carry_over(optim, source.build(model), model, folder)
+    if get_rank() == 0:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        draft = plan.folder / f"{CARRIED}.tmp"
+        draft.write_text(json.dumps([asdict(d) for d in decisions], indent=1) + "\n")
+        draft.replace(plan.folder / CARRIED)
+    return _in_words(plan, decisions)
+
+
+def _kind(config: OptimConfig) -> Optional[object]:
+    """Of optimizers of one kind state means the same, whatever their options are."""
+    inner = getattr(config, "rule_config", config)
+    return type(config), type(inner)
+
+
+def _in_words(plan: StagePlan, decisions: Sequence[Decision]) -> List[str]:
+    over = Counter((d.source, d.state, d.why.split(",")[0]) for d in decisions if d.source)
+    anew = Counter((d.state, d.why) for d in decisions if not d.source)
+    if plan.warmup:
+        warmup = f"; the learning rate rises to the schedule's in {plan.warmup} steps"
+    else:
+        warmup = ""
+    lines = [f"{plan.spec.name}: another optimizer, {plan.optimizer['name']}{warmup}"]
+    for (source, state, why), n in over.items():
+        if state == "step" and why.endswith(" updates"):
+            why = "the count of updates"
+        lines.append(f"  goes over, for {n} parameter(s): {source} -> {state}, {why}")
+    by_reason: Dict[Tuple[str, int], List[str]] = {}
+    for (state, why), n in anew.items():
+        by_reason.setdefault((why, n), []).append(state)
+    for (why, n), states in by_reason.items():
+        lines.append(f"  begins anew, for {n} parameter(s): {', '.join(states)}; {why}")
+    lines.append(f"  each decision: {plan.folder / CARRIED}")
+    return lines
