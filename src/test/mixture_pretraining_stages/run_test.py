@@ -299,7 +299,7 @@ def test_a_signal_during_a_save_stops_the_run_and_loses_nothing(
 def test_a_preempted_job_is_requeued_and_ends_as_uninterrupted(
     uninterrupted, tmp_path, monkeypatch
 ):
-    spec = tiny_spec(uninterrupted.parent, output=str(tmp_path / "run"))
+    spec = three_stages(uninterrupted.parent, output=str(tmp_path / "run"))
     log = run_preempted(spec, monkeypatch)
     assert log.count("Interrupted at step") == 1
     assert log.count("continuing from") == 1
