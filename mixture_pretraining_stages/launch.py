@@ -14,7 +14,7 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Iterator, List, NoReturn, Sequence, TextIO
+from typing import Callable, Iterator, List, NoReturn, Optional, Sequence, TextIO
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .stages import Interrupted, Run
 from .training import JolmoModel
 
-__all__ = ["launched_by_torchrun", "leave", "patience", "run", "start_ranks"]
+__all__ = ["launched_by_torchrun", "leave", "patience", "run", "start_ranks", "supervise"]
 
 log = logging.getLogger(__name__)
 
@@ -111,22 +111,44 @@ def run(spec: JolmoModel, console: Console, command: str) -> int:
 
     :returns: The exit code: 0, 1 if the run failed or was interrupted, 2 for bad input.
     """
-    resume = f"Resume with: {command}"
+
+    def work() -> None:
+        Run(spec, console).execute()
+
+    return supervise(spec, console, work, f"Resume with: {command}")
+
+
+def supervise(
+    spec: JolmoModel,
+    console: Console,
+    work: Callable[[], Optional[int]],
+    again: str,
+    log_name: str = "train",
+) -> int:
+    """
+    Do some work on all ranks, with OLMo-core's log in the output folder, and turn what goes wrong
+    into one paragraph and an exit code.
+
+    :param work: Returns an exit code; ``None`` is 0.
+    :param again: What to tell the user to type after a failure.
+    :param log_name: Of the log file, without its suffix.
+
+    :returns: The exit code: 0, 1 if the work failed or was interrupted, 2 for bad input.
+    """
     # Until the trainer takes the signals over, there is nothing to save.
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with _log_to_file(Path(spec.output)):
+        with _log_to_file(Path(spec.output), log_name):
             _start_process_group()
-            Run(spec, console).execute()
-        return 0
+            return work() or 0
     except OLMoConfigurationError as error:
         return _fail(console, str(error), 2)
     except Interrupted as interruption:
-        return _fail(console, f"{interruption}. {resume}", 1)
+        return _fail(console, f"{interruption}. {again}", 1)
     except KeyboardInterrupt:
-        return _fail(console, f"Interrupted; nothing was lost. {resume}", 1)
+        return _fail(console, f"Interrupted; nothing was lost. {again}", 1)
     except (Exception, CheckpointException) as error:  # DCP's is not an Exception
-        return _fail(console, f"{_explain(error, spec)} {resume}", 1)
+        return _fail(console, f"{_explain(error, spec, log_name)} {again}", 1)
     finally:
         if is_distributed():
             dist.destroy_process_group()
@@ -140,10 +162,10 @@ def _start_process_group() -> None:
 
 
 @contextmanager
-def _log_to_file(output: Path) -> Iterator[None]:
+def _log_to_file(output: Path, log_name: str) -> Iterator[None]:
     """The console is for the run; what OLMo-core logs is for when something went wrong."""
     rank = int(os.environ.get("RANK", "0"))
-    name = "train.log" if rank == 0 else f"train.rank{rank}.log"
+    name = f"{log_name}.log" if rank == 0 else f"{log_name}.rank{rank}.log"
     handler = logging.StreamHandler(_open_log(output / name))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -167,7 +189,7 @@ def _log_to_file(output: Path) -> Iterator[None]:
         handler.stream.close()
 
 
-def _explain(error: BaseException, spec: JolmoModel) -> str:
+def _explain(error: BaseException, spec: JolmoModel, log_name: str) -> str:
     # OLMo-core and DCP wrap the error of a writer's thread as text.
     if os.strerror(errno.ENOSPC) in "".join(traceback.format_exception(error)):
         return (
@@ -177,7 +199,7 @@ def _explain(error: BaseException, spec: JolmoModel) -> str:
     reason = str(error).strip().splitlines()
     return (
         f"The run failed: {type(error).__name__}: {reason[0] if reason else 'no message'}. Details "
-        f"are in {Path(spec.output) / 'train.log'}; whole checkpoints are intact."
+        f"are in {Path(spec.output) / f'{log_name}.log'}; whole checkpoints are intact."
     )
 
 

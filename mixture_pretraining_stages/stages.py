@@ -201,7 +201,7 @@ class Run:
         self._write_roles(plan, train_module)
         return train_module
 
-    def _set_stage(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
+    def set_stage(self, plan: StagePlan, train_module: TransformerTrainModule) -> None:
         """Give the train module the optimizer, the sizes and the schedule of a stage."""
         train_module.rank_microbatch_size = plan.rank_microbatch_size
         train_module.max_sequence_length = plan.sequence_length
@@ -369,7 +369,7 @@ class Run:
         sources: Dict[str, TokenizedSource],
         shares: List[Share],
     ) -> Trainer:
-        self._set_stage(plan, train_module)
+        self.set_stage(plan, train_module)
         trainer = TrainerConfig(
             save_folder=str(plan.folder),
             work_dir=str(self._work_dir()),

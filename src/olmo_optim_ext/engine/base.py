@@ -239,6 +239,15 @@ class ExtOptimizer(SkipStepOptimizer):
     def latest_grad_norm(self, grad_norm: torch.Tensor) -> None:
         self._latest["grad_norm"] = grad_norm
 
+    @property
+    def skip_step(self) -> bool:
+        """Whether there is a gate. It may be taken away, and put back, between two steps."""
+        return self._skip_step
+
+    @skip_step.setter
+    def skip_step(self, skip_step: bool) -> None:
+        self._skip_step = to_flag(skip_step, "skip_step", type(self).__name__)
+
     def get_step_factor(self) -> torch.Tensor:
         """1.0 if the last call of :meth:`step` took the step, 0.0 if it skipped it."""
         if self._proceed is None:

@@ -14,6 +14,8 @@ from .hyperparameter_schedule import (
     check_schedule,
 )
 from .last_weights import LastWeightsCallback
+from .lr_curve import LRSuggestion, suggest
+from .lr_finder import LRFinderCallback
 from .matrix_metrics import MatrixMetricsCallback, matrix_metric
 from .needed import needed_callbacks
 from .sharpness import SAMCallback
@@ -28,6 +30,8 @@ __all__ = [
     "Decision",
     "HyperparameterSchedule",
     "HyperparameterScheduleCallback",
+    "LRFinderCallback",
+    "LRSuggestion",
     "LastWeightsCallback",
     "MatrixMetricsCallback",
     "ScheduledField",
@@ -41,4 +45,5 @@ __all__ = [
     "export_averaged",
     "matrix_metric",
     "needed_callbacks",
+    "suggest",
 ]

@@ -1,5 +1,5 @@
 """
-What each rank of the tests of further passes runs, as a script under torchrun.
+What each rank of the tests of further passes and of range tests runs, as a script under torchrun.
 """
 
 import gc
@@ -15,7 +15,9 @@ import torch
 from olmo_core.distributed.utils import get_rank, init_distributed
 from olmo_core.train.callbacks import Callback
 
-from .bad_batch_worker import run
+from olmo_optim_ext.training import LRFinderCallback
+
+from .bad_batch_worker import Witness, bits, build_trainer, run, tensors_of
 
 MARS_FORMS: Dict[str, Dict[str, Any]] = {
     "exact": {"exact": True},
@@ -55,12 +57,27 @@ def weights(folder: Path, name: str, **options: Any) -> Dict[str, str]:
     return {key: value for key, value in record.end.items() if key.startswith("param ")}
 
 
+RANGE_TESTS = ("ext_muon", "soap", "sophia")
+"""Optimizers of range tests: with owners, with factors on them, with further passes."""
+
+
+def range_test(folder: Path, name: str) -> Dict[str, Any]:
+    """What there was before a range test and after it, and its losses."""
+    finder = LRFinderCallback(high=1e5, steps=12)
+    trainer = build_trainer(folder, name, Witness(), max_grad_norm=1.0, further=finder)
+    module: Any = trainer.train_module
+    before = {key: bits(value).hex() for key, value in tensors_of(module).items()}
+    trainer.fit()
+    after = {key: bits(value).hex() for key, value in tensors_of(module).items()}
+    return {"before": before, "after": after, "losses": finder.losses}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # the trainer collects garbage often
     logging.disable(logging.CRITICAL)
     init_distributed(backend="gloo")
-    found = {
+    found: Dict[str, Any] = {
         form: weights(folder, "mars", lr=0.03, gamma=0.5, **fields)
         for form, fields in MARS_FORMS.items()
     }
@@ -68,6 +85,8 @@ def main(folder: Path) -> None:
         optimizer = name.split()[0]
         found[name] = weights(folder, optimizer, **fields)
         found[f"{name}, looked at"] = weights(folder, optimizer, further=Looks(), **fields)
+    for name in RANGE_TESTS:
+        found[f"range test of {name}"] = range_test(folder / "range", name)
     (folder / f"rank{get_rank()}.json").write_text(json.dumps(found))
 
 

@@ -1,0 +1,98 @@
+"""
+What a learning-rate range test leaves: its figures and a picture.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Mapping, Optional
+
+import numpy as np
+
+from olmo_optim_ext.training import LRSuggestion
+from olmo_optim_ext.training.lr_curve import fit, highest
+
+__all__ = ["FoundRates", "write_found"]
+
+
+@dataclass(frozen=True)
+class FoundRates:
+    """What a test has found. Rates are in the units of the optimizer's ``lr``."""
+
+    rates: List[float]
+    losses: List[float]
+    """After the step with each rate; the last one may be infinite or NaN."""
+    suggestion: LRSuggestion
+    overrides: List[str]
+    """``key=value`` that give the spec the rate of the suggestion; empty if there is none."""
+    note: Optional[str]
+    """What to know of the rate of this optimizer."""
+
+
+def write_found(found: FoundRates, asked: Mapping[str, Any], folder: Path) -> None:
+    """
+    Write ``lr_find.json`` and ``lr_find.png``.
+
+    :param asked: What was tested: ``name`` and ``optimizer`` of the spec, ``lr``, ``min_lr``,
+        ``max_lr`` and ``steps``.
+    """
+    result = {
+        **asked,
+        "suggestion": found.suggestion.lr,
+        "reason": found.suggestion.reason,
+        "steepest": found.suggestion.steepest,
+        "minimum": found.suggestion.minimum,
+        "diverged_at": found.suggestion.diverged_at,
+        "overrides": found.overrides,
+        "note": found.note,
+        "rates": found.rates,
+        # JSON has no others.
+        "losses": [loss if math.isfinite(loss) else None for loss in found.losses],
+    }
+    draft = folder / "lr_find.tmp"
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, folder / "lr_find.json")
+    title = f"{asked['name']} ({asked['optimizer']['name']})"
+    _draw(found, title, folder / "lr_find.png")
+
+
+def _draw(found: FoundRates, title: str, path: Path) -> None:
+    """
+    Loss against learning rate, with the line through it that the suggestion is from. Losses that
+    are not finite, or far above the start, are left out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    x, y = np.asarray(found.rates), np.asarray(found.losses)
+    good = np.isfinite(y)
+    if good.any():
+        axes.plot(x[good], y[good], ".", color="0.65", label="loss of a batch")
+    if good.sum() > 2:
+        axes.plot(x[good], fit(x[good], y[good]).losses, color="tab:blue", label="fit")
+        bottom, top = y[good].min(), min(highest(y[good]), y[good].max())
+        margin = 0.05 * (top - bottom) or 1.0
+        axes.set_ylim(bottom - margin, top + margin)
+    suggestion = found.suggestion
+    marks = (
+        (suggestion.lr, "tab:green", "-", "suggestion"),
+        (suggestion.minimum, "tab:orange", "--", "lowest loss"),
+        (suggestion.diverged_at, "tab:red", "--", "diverged"),
+    )
+    for rate, color, style, label in marks:
+        if rate is not None:
+            axes.axvline(rate, color=color, linestyle=style, label=f"{label}: {rate:.2g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss after the step (nats per token)")
+    axes.set_title(title if suggestion.lr is not None else f"{title}: no suggestion")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    draft = path.with_suffix(".tmp.png")
+    figure.savefig(draft, dpi=130)
+    draft.replace(path)
