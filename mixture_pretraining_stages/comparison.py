@@ -289,6 +289,9 @@ def _spec_of(base: "JolmoModel", arm: str, overrides: Mapping[str, Any]) -> "Jol
     assert isinstance(plain, dict)
     with _naming(arm):
         spec = decode_fields(type(base), {str(k): v for k, v in plain.items()}, "")
+        # What is recorded of matrices is for the arms that have a rule for them.
+        if "optimizer_metrics" not in overrides and not any(map(spec.has_matrix_rule, spec.stages)):
+            spec.optimizer_metrics = None
     tokens, allowed = (sum(stage.tokens for stage in each.stages) for each in (spec, base))
     if tokens != allowed:
         where = f"comparison.arms.{arm}.stages"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from .stages import Interrupted, Run
 from .training import JolmoModel
 
-__all__ = ["launched_by_torchrun", "leave", "run", "start_ranks", "supervise"]
+__all__ = ["launched_by_torchrun", "leave", "patience", "run", "start_ranks", "supervise"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def start_ranks(nproc: int, arguments: Sequence[str], output: Path) -> int:
     threads = max(1, (os.cpu_count() or 1) // nproc)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(nproc), *_patience()),
+        *("--nproc-per-node", str(nproc), *patience()),
         *("-m", "mixture_pretraining_stages", *arguments),
     ]
     with tempfile.TemporaryDirectory() as scratch, _open_log(output / "torchrun.log") as errors:
@@ -74,7 +74,7 @@ def start_ranks(nproc: int, arguments: Sequence[str], output: Path) -> int:
     return max(codes.values(), default=1)
 
 
-def _patience() -> List[str]:
+def patience() -> List[str]:
     """Options that give ranks time to save when they are asked to stop; torch 2.10 has none."""
     from torch.distributed.run import get_args_parser
 

@@ -251,7 +251,7 @@ class JolmoModel:
     comet: Optional[Dict[str, Any]] = None
     """Fields of OLMo-core's ``CometCallback``."""
     comparison: Optional[ComparisonSpec] = None
-    """What ``olmo-optim compare`` compares. ``pretrain`` refuses it."""
+    """What ``olmo-optim compare`` compares. Commands for one run refuse it."""
     cache: Optional[str] = None
     """Where tokenised text is kept; default is the user's cache folder."""
     output: str = "runs"

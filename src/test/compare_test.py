@@ -96,11 +96,11 @@ def test_without_optuna_it_says_what_to_install(call, tmp_path, monkeypatch):
     assert "pip install 'olmo-optim-ext[compare]'" in err
 
 
-def test_pretrain_refuses_the_config_of_a_comparison(call, tmp_path):
-    path = config(tmp_path, comparison={"arms": {"muon": {}}})
-    code, out, err = call("pretrain", path)
+@pytest.mark.parametrize("command", ["pretrain", "submit"])
+def test_commands_for_one_run_refuse_the_config_of_a_comparison(command, call, tmp_path):
+    code, out, err = call(command, config(tmp_path, comparison={"arms": {"muon": {}}}))
     assert code == 2
-    assert "comparison: pretrain makes one run" in err
+    assert "comparison: this is for many runs" in err
     assert not (tmp_path / "run").exists()
 
 

@@ -5,12 +5,12 @@ The command ``olmo-optim``: a file for each group of commands.
 import typer
 from olmo_core.exceptions import OLMoConfigurationError
 
-from . import bench, catalog, compare, experiments, lr_find, report, schedule
+from . import bench, catalog, compare, experiments, lr_find, report, schedule, submit
 from .app import app, errors
 
 __all__ = ["app", "main"]
 
-COMMANDS = (bench, catalog, compare, experiments, lr_find, report, schedule)
+COMMANDS = (bench, catalog, compare, experiments, lr_find, report, schedule, submit)
 """Importing them adds their commands to the application."""
 
 

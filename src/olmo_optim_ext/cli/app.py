@@ -12,7 +12,9 @@ from rich.console import Console
 
 from mixture_pretraining_stages.training import JolmoModel, load_spec
 
-__all__ = ["CONFIG_HELP", "app", "console", "errors", "load"]
+from .flags import Flags, check_agreement, translate
+
+__all__ = ["CONFIG_HELP", "app", "console", "errors", "load", "load_with_flags"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +39,39 @@ def load(arguments: Optional[List[str]]) -> JolmoModel:
     """
     path, overrides = split(arguments or [])
     return load_spec(path, overrides)
+
+
+def load_with_flags(arguments: Optional[List[str]], flags: Flags) -> Tuple[JolmoModel, List[str]]:
+    """
+    The spec of one run, by a command's arguments and its short flags.
+
+    :param arguments: As for :func:`load`.
+
+    :returns: The spec, and what the flags changed beside what they say.
+
+    :raises OLMoConfigurationError: If it is none, or of many runs, or if a flag and an override
+        differ.
+    """
+    path, overrides = split(arguments or [])
+    spec = load_spec(path, overrides)
+    if spec.comparison is not None:
+        raise OLMoConfigurationError(
+            "comparison: this is for many runs, allowed for one is null (comparison=null); all of "
+            "them makes olmo-optim compare"
+        )
+    if flags == Flags():
+        return spec, []
+    of_file = [each for each in overrides if each.partition("=")[0].split(".")[0] != "optimizer"]
+    meaning = translate(flags, spec, load_spec(path, of_file).optimizer)
+    changed = load_spec(path, [*meaning.overrides, *overrides])
+    check_agreement(flags, changed)
+    notes = meaning.notes
+    if flags.name is not None and changed.output == spec.output and changed.name != spec.name:
+        notes = [
+            *notes,
+            f"The output stays {spec.output}, as the config does not name it by the run",
+        ]
+    return changed, notes
 
 
 def split(arguments: List[str]) -> Tuple[Path, List[str]]:

@@ -2,6 +2,7 @@
 One experiment: ``olmo-optim roles`` and ``pretrain``.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,7 +16,19 @@ from mixture_pretraining_stages.tokenizers import load_tokenizer
 
 from ..catalog import closest
 from ..role_table import role_table, to_json, to_text
-from .app import CONFIG_HELP, app, console, load
+from .app import CONFIG_HELP, app, console, load, load_with_flags
+from .flags import (
+    Alpha,
+    Anneal,
+    Flags,
+    Isotropic,
+    Name,
+    Nolah,
+    OptimizerName,
+    Orthonoise,
+    Seed,
+    Steps,
+)
 
 
 @app.command()
@@ -58,6 +71,15 @@ def pretrain(
     nproc: int = typer.Option(
         1, "--nproc", "--ngpus", min=1, help="Ranks to start on this machine."
     ),
+    optimizer: OptimizerName = None,
+    orthonoise: Orthonoise = False,
+    isotropic: Isotropic = False,
+    nolah: Nolah = False,
+    alpha: Alpha = None,
+    anneal: Anneal = False,
+    steps: Steps = None,
+    seed: Seed = None,
+    name: Name = None,
 ) -> None:
     """
     Run an experiment, or continue it: the same command again resumes from the last whole
@@ -69,17 +91,15 @@ def pretrain(
 
     olmo-optim pretrain configs/quickstart.yaml optimizer.name=adamw output=runs/adamw
 
+    olmo-optim pretrain --orthonoise --alpha 1e-2 --anneal --steps 500 --seed 1 --name noise-1
+
     olmo-optim pretrain my.yaml --nproc 2
 
     torchrun --nproc-per-node 8 -m mixture_pretraining_stages pretrain my.yaml
     """
-    spec = load(arguments)
-    if spec.comparison is not None:
-        raise OLMoConfigurationError(
-            "comparison: pretrain makes one run, allowed is null (comparison=null), or the command "
-            "olmo-optim compare"
-        )
-    command = ["pretrain", *(arguments or [])]
+    flags = Flags(optimizer, orthonoise, isotropic, nolah, alpha, anneal, steps, seed, name)
+    spec, notes = load_with_flags(arguments, flags)
+    command = ["pretrain", *(arguments or []), *flags.arguments()]
     if nproc > 1 and not launch.launched_by_torchrun():
         spec.check(nproc)  # before ranks start: one message instead of one a rank
         # torchrun would take --nproc for an abbreviation of an option of its own.
@@ -87,5 +107,8 @@ def pretrain(
         raise typer.Exit(launch.start_ranks(nproc, ranks, Path(spec.output)))
     if nproc > 1:
         command += ["--nproc", str(nproc)]
+    if int(os.environ.get("RANK", "0")) == 0:
+        for note in notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     start = "torchrun ..." if nproc == 1 and launch.launched_by_torchrun() else "olmo-optim"
     raise typer.Exit(launch.run(spec, console, f"{start} {shlex.join(command)}"))

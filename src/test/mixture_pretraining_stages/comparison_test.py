@@ -79,6 +79,13 @@ def test_the_rate_of_a_wrapper_goes_where_it_was_given(tmp_path):
     run.spec.check()
 
 
+def test_metrics_of_matrices_are_for_arms_that_have_a_rule_for_them(tmp_path):
+    found = plan(tmp_path, flags("adamw", "muon"), optimizer_metrics={"every": 5})
+    assert found.specs["adamw"].optimizer_metrics is None
+    assert found.specs["muon"].optimizer_metrics is not None
+    check_arms(found)
+
+
 def test_rates_of_stages_with_optimizers_of_their_own_move_along(tmp_path):
     stages = tiny_spec(tmp_path)["stages"]
     stages[1]["optimizer"] = {"name": "adamw", "lr": 0.004}

@@ -26,6 +26,7 @@ from mixture_pretraining_stages.timing import OPTIMIZER_SECONDS, STEP_SECONDS
 from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
+from .jobs import run_preempted
 from .spec import tiny_spec, write_spec
 
 WORKER = Path(__file__).with_name("run_worker.py")
@@ -292,6 +293,16 @@ def test_a_signal_during_a_save_stops_the_run_and_loses_nothing(
 ):
     spec = three_stages(uninterrupted.parent, output=str(tmp_path / "run"))
     assert run(spec, f"Checkpointer._save_train_state:{save}:SIGTERM") == [code, FINISHED]
+    assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
+
+
+def test_a_preempted_job_is_requeued_and_ends_as_uninterrupted(
+    uninterrupted, tmp_path, monkeypatch
+):
+    spec = three_stages(uninterrupted.parent, output=str(tmp_path / "run"))
+    log = run_preempted(spec, monkeypatch)
+    assert log.count("Interrupted at step") == 1
+    assert log.count("continuing from") == 1
     assert_same_end(tmp_path / "run", uninterrupted, tmp_path)
 
 
