@@ -14,7 +14,7 @@ from olmo_core.train.callbacks import Callback
 from olmo_core.train.common import ReduceType
 
 from .plans import StagePlan
-from .training import ShareSpec
+from .spec_parts import ShareSpec
 
 __all__ = [
     "DrawnTokens",

@@ -12,7 +12,8 @@ from olmo_core.optim import Scheduler
 from .schedule import Span, StageScheduler
 
 if TYPE_CHECKING:
-    from .training import JolmoModel, StageSpec
+    from .spec_parts import StageSpec
+    from .training import JolmoModel
 
 __all__ = ["StagePlan", "over_run", "plan_stages", "run_span"]
 

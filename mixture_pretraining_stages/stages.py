@@ -64,8 +64,8 @@ from .folder import claim, write_config
 from .handover import begin
 from .mixture import DrawnTokens, MixtureLoader, Share, build_mixture, share_out
 from .plans import StagePlan, over_run, plan_stages
-from .report import draw_curves, mixture_table, validation_table
 from .sources import TokenizedSource, prepare_source
+from .summary import draw_curves, mixture_table, validation_table
 from .timing import StepTimer
 from .tokenizers import Tokenizer, load_tokenizer
 from .training import JolmoModel

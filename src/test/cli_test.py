@@ -15,12 +15,12 @@ import pytest
 
 import olmo_optim_ext
 from mixture_pretraining_stages.facts import read_facts, state_bytes
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import cli
 from olmo_optim_ext.cli.catalog import field_docs
 
+from .mixture_pretraining_stages.reporting.synthetic import write_run
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
-from .mixture_pretraining_stages.synthetic import write_run
 
 
 @pytest.fixture

@@ -16,16 +16,16 @@ from typing import Any, Dict, Tuple
 import pytest
 from omegaconf import OmegaConf
 
-from mixture_pretraining_stages import workers
 from mixture_pretraining_stages.callbacks import read_metrics
-from mixture_pretraining_stages.comparison import plan_comparison, validation_losses
-from mixture_pretraining_stages.comparison_folder import results
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.comparing import workers
+from mixture_pretraining_stages.comparing.comparison import plan_comparison, validation_losses
+from mixture_pretraining_stages.comparing.folder import results
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import cli
 from olmo_optim_ext.cli import compare
 
+from .mixture_pretraining_stages.comparing.workers_test import FAKE
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
-from .mixture_pretraining_stages.workers_test import FAKE
 
 WORKER = Path(__file__).parent / "mixture_pretraining_stages" / "compare_worker.py"
 
@@ -151,9 +151,9 @@ def test_a_run_ends_when_its_parent_has_ended():
         os.dup2(reading, 0)
         os.close(writing)
         sys.argv = ["olmo-optim", "list"]
-        sys.modules.pop("mixture_pretraining_stages.child", None)
+        sys.modules.pop("mixture_pretraining_stages.comparing.child", None)
         cli.main = lambda: time.sleep(60)  # type: ignore[assignment, return-value]
-        runpy.run_module("mixture_pretraining_stages.child", run_name="__main__")
+        runpy.run_module("mixture_pretraining_stages.comparing.child", run_name="__main__")
     time.sleep(0.2)
     assert os.waitpid(child, os.WNOHANG) == (0, 0)
     os.close(writing)  # as a killed parent does

@@ -10,7 +10,8 @@ import typer
 from olmo_core.exceptions import OLMoConfigurationError
 from rich.console import Console
 
-from mixture_pretraining_stages.training import JolmoModel, load_spec
+from mixture_pretraining_stages.reading import load_spec
+from mixture_pretraining_stages.training import JolmoModel
 
 from .flags import Flags, check_agreement, translate
 

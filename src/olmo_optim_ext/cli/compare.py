@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, List, Optional
 import torch
 import typer
 
-from mixture_pretraining_stages.comparison import Comparison, check_arms, plan_comparison
-from mixture_pretraining_stages.comparison_folder import claim_folder, results
+from mixture_pretraining_stages.comparing.comparison import Comparison, check_arms, plan_comparison
+from mixture_pretraining_stages.comparing.folder import claim_folder, results
 from mixture_pretraining_stages.extras import require
-from mixture_pretraining_stages.html_report import write_report
+from mixture_pretraining_stages.reporting.report import write_report
 from mixture_pretraining_stages.stages import Run
 
 from .app import CONFIG_HELP, app, console, errors, load
@@ -19,7 +19,7 @@ from .compare_view import ENDED, View
 from .report import show
 
 if TYPE_CHECKING:
-    from mixture_pretraining_stages.workers import Crew
+    from mixture_pretraining_stages.comparing.workers import Crew
 
 
 @app.command()
@@ -77,7 +77,7 @@ def compare(
         highlight=False,
         soft_wrap=True,
     )
-    from mixture_pretraining_stages.study import storage_failure
+    from mixture_pretraining_stages.comparing.study import storage_failure
 
     try:
         with View(comparison, crew, console) as view:
@@ -99,9 +99,9 @@ def _crew(
     nproc: int,
     retry_failed: bool,
 ) -> "Crew":
-    from mixture_pretraining_stages.alive import Worker
-    from mixture_pretraining_stages.study import Queue, open_storage
-    from mixture_pretraining_stages.workers import Crew, places
+    from mixture_pretraining_stages.comparing.alive import Worker
+    from mixture_pretraining_stages.comparing.study import Queue, open_storage
+    from mixture_pretraining_stages.comparing.workers import Crew, places
 
     identifier = claim_folder(comparison)
     database = open_storage(storage, comparison.folder)

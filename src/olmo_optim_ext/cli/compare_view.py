@@ -10,10 +10,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from mixture_pretraining_stages.comparison import Comparison
+from mixture_pretraining_stages.comparing.comparison import Comparison
 
 if TYPE_CHECKING:
-    from mixture_pretraining_stages.workers import Crew
+    from mixture_pretraining_stages.comparing.workers import Crew
 
 __all__ = ["ENDED", "View"]
 

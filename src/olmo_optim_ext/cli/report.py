@@ -8,7 +8,7 @@ from typing import List, Optional
 import typer
 from rich.console import Console
 
-from mixture_pretraining_stages.html_report import Report, write_report
+from mixture_pretraining_stages.reporting.report import Report, write_report
 
 from .app import app, console
 

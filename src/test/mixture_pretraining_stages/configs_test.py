@@ -8,9 +8,10 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import torch
 
-from mixture_pretraining_stages.comparison import check_arms, plan_comparison
+from mixture_pretraining_stages.comparing.comparison import check_arms, plan_comparison
+from mixture_pretraining_stages.reading import load_spec
 from mixture_pretraining_stages.tokenizers import load_tokenizer
-from mixture_pretraining_stages.training import JolmoModel, load_spec
+from mixture_pretraining_stages.training import JolmoModel
 from olmo_optim_ext.catalog import list_optimizers
 from olmo_optim_ext.matrix.muon import MuonConfig
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mixture_pretraining_stages.callbacks import StopOnSignal
 from mixture_pretraining_stages.lr_find import LRFind, _overrides
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import cli
 
 from .spec import tiny_spec, write_spec

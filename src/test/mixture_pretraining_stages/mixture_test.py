@@ -17,9 +17,9 @@ from mixture_pretraining_stages.mixture import (
     share_out,
 )
 from mixture_pretraining_stages.plans import StagePlan, plan_stages
+from mixture_pretraining_stages.reading import load_spec
 from mixture_pretraining_stages.sources import SourceSpec, prepare_source
 from mixture_pretraining_stages.tokenizers import load_tokenizer
-from mixture_pretraining_stages.training import load_spec
 
 from .spec import tiny_spec, write_spec, write_text
 

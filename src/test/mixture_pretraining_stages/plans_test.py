@@ -10,7 +10,8 @@ import torch
 from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.plans import plan_stages
-from mixture_pretraining_stages.training import JolmoModel, load_spec
+from mixture_pretraining_stages.reading import load_spec
+from mixture_pretraining_stages.training import JolmoModel
 
 from .spec import tiny_spec, write_spec
 

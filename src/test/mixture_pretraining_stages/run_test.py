@@ -22,8 +22,8 @@ from mixture_pretraining_stages.callbacks import read_metrics
 from mixture_pretraining_stages.facts import read_facts, state_bytes
 from mixture_pretraining_stages.mixture import drawn_tokens
 from mixture_pretraining_stages.plans import plan_stages
+from mixture_pretraining_stages.reading import load_spec
 from mixture_pretraining_stages.timing import OPTIMIZER_SECONDS, STEP_SECONDS
-from mixture_pretraining_stages.training import load_spec
 from olmo_optim_ext.training import CLIPPED_METRIC, HESSIAN_SHARE_METRIC
 
 from .jobs import run_preempted

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from mixture_pretraining_stages import handover, launch
 from mixture_pretraining_stages.callbacks import StageCheckpointer
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import ScheduleFree
 
 PLACES = {

@@ -10,13 +10,13 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.callbacks import read_metrics
 from mixture_pretraining_stages.plans import plan_stages
+from mixture_pretraining_stages.reading import load_spec
 from mixture_pretraining_stages.schedule_plot import (
     Curve,
     draw_schedule,
     schedule_table,
     scheduled_values,
 )
-from mixture_pretraining_stages.training import load_spec
 
 from .run_test import FINISHED, KILLED, run
 from .spec import tiny_spec, write_spec

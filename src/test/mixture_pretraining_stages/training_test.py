@@ -13,13 +13,13 @@ from olmo_core.nn.transformer import TransformerConfig
 from olmo_core.optim import WSD, AdamWConfig, ConstantScheduler
 
 import olmo_optim_ext
+from mixture_pretraining_stages.reading import load_spec
 from mixture_pretraining_stages.schedule import StageScheduler
+from mixture_pretraining_stages.spec_parts import OptimizerMetricsSpec
 from mixture_pretraining_stages.training import (
     JolmoModel,
-    OptimizerMetricsSpec,
     _build_optimizer_spec,
     _optimizer_class_name,
-    load_spec,
 )
 
 from .spec import tiny_spec, write_spec

@@ -11,7 +11,7 @@ from olmo_core.distributed.checkpoint import unshard_checkpoint
 from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.callbacks import read_metrics
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import LookaheadConfig, MuonConfig, ScheduleFreeConfig
 
 from .run_test import FINISHED, KILLED, assert_same_end, final_state, run

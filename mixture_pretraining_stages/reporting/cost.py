@@ -5,8 +5,8 @@ What an optimizer takes of time and memory.
 from statistics import fmean
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
+from ..timing import OPTIMIZER_SECONDS, STEP_SECONDS
 from .results import RunResult
-from .timing import OPTIMIZER_SECONDS, STEP_SECONDS
 
 __all__ = ["Cost", "cost_of"]
 

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .callbacks import read_metrics
+from ..callbacks import read_metrics
+from ..folder import MAY_CHANGE
+from ..plans import plan_stages
 from .comparison import Comparison, RunPlan, validation_losses
-from .folder import MAY_CHANGE
-from .plans import plan_stages
 
 __all__ = [
     "Result",

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 from matplotlib.image import imread
 
-from mixture_pretraining_stages.report import _of_roles, draw_curves
+from mixture_pretraining_stages.summary import _of_roles, draw_curves
 from olmo_optim_ext.training import matrix_metric
 
 

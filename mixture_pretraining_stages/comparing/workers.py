@@ -20,12 +20,12 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from .comparison import RunPlan, validation_losses
-from .comparison_folder import steps_of
+from .folder import steps_of
 from .study import Ended, Outcome, Queue
 
 __all__ = ["Crew", "Metrics", "Place", "places"]
 
-COMMAND = (sys.executable, "-m", "mixture_pretraining_stages.child")
+COMMAND = (sys.executable, "-m", "mixture_pretraining_stages.comparing.child")
 
 POLL = 0.2
 """Seconds between looks at a run."""

@@ -15,13 +15,13 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from olmo_optim_ext.catalog import get_config_class
 
-from .callbacks import read_metrics
-from .evaluation import EVALUATOR
-from .facts import read_facts
+from ..callbacks import read_metrics
+from ..evaluation import EVALUATOR
+from ..facts import read_facts
+from ..plans import plan_stages
+from ..reading import load_spec
+from ..timing import STEP_SECONDS
 from .lone_runs import name_arms
-from .plans import plan_stages
-from .timing import STEP_SECONDS
-from .training import load_spec
 
 __all__ = ["Comparison", "Evaluation", "Results", "RunResult", "load_runs"]
 

@@ -9,11 +9,11 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 import pytest
 from scipy import stats
 
-from mixture_pretraining_stages import statistics
-from mixture_pretraining_stages.curves import Point, mean_curve, reach
-from mixture_pretraining_stages.findings import notes, statement
-from mixture_pretraining_stages.results import Comparison, Results, RunResult
-from mixture_pretraining_stages.statistics import Arm, Study, study, t_interval
+from mixture_pretraining_stages.reporting import statistics
+from mixture_pretraining_stages.reporting.curves import Point, mean_curve, reach
+from mixture_pretraining_stages.reporting.findings import notes, statement
+from mixture_pretraining_stages.reporting.results import Comparison, Results, RunResult
+from mixture_pretraining_stages.reporting.statistics import Arm, Study, study, t_interval
 
 BASE = [2.0, 2.01, 1.99, 2.02, 1.98]
 """Final losses of the baseline, by seed."""

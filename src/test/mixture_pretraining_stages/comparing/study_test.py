@@ -14,16 +14,16 @@ import pytest
 from olmo_core.exceptions import OLMoConfigurationError
 from optuna.trial import TrialState
 
-from mixture_pretraining_stages import study
-from mixture_pretraining_stages.alive import Worker
-from mixture_pretraining_stages.comparison import Comparison, RunPlan, plan_comparison
-from mixture_pretraining_stages.comparison_folder import claim_folder, read_trial, results
-from mixture_pretraining_stages.slots import SlotState, startup
-from mixture_pretraining_stages.study import Ended, Outcome, Queue, open_storage
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages.comparing import study
+from mixture_pretraining_stages.comparing.alive import Worker
+from mixture_pretraining_stages.comparing.comparison import Comparison, RunPlan, plan_comparison
+from mixture_pretraining_stages.comparing.folder import claim_folder, read_trial, results
+from mixture_pretraining_stages.comparing.slots import SlotState, startup
+from mixture_pretraining_stages.comparing.study import Ended, Outcome, Queue, open_storage
+from mixture_pretraining_stages.reading import load_spec
 
+from ..spec import tiny_spec, write_spec
 from .fake_run import EVERY, STEPS, loss_of
-from .spec import tiny_spec, write_spec
 
 MUON_ALONE = {"arms": {"muon": {}}, "baseline": "muon"}
 

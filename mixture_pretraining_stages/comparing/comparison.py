@@ -17,12 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from olmo_optim_ext.catalog import closest, optimizer_info
 from olmo_optim_ext.config import ExtOptimConfig
 
-from .decoding import decode_fields
-from .evaluation import EVALUATOR
-from .tokenizers import load_tokenizer
+from ..decoding import decode_fields
+from ..evaluation import EVALUATOR
+from ..tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from .training import JolmoModel, StageSpec
+    from ..spec_parts import StageSpec
+    from ..training import JolmoModel
 
 __all__ = [
     "BASELINE",

@@ -12,16 +12,16 @@ from olmo_core.exceptions import OLMoConfigurationError
 from rich.markup import escape
 from rich.table import Table
 
+from ..extras import require
 from .criteria import check_criteria
 from .drawn import Drawn, draw
-from .extras import require
 from .figures_png import draw_png
 from .findings import notes, statement
+from .page import Content, render
 from .panels import panels
-from .report_page import Content, render
-from .report_tables import COLUMNS, arm_row, rate_text
 from .results import Results, RunResult, load_runs
 from .statistics import Study, study
+from .tables import COLUMNS, arm_row, rate_text
 
 __all__ = ["Report", "write_report"]
 

@@ -13,12 +13,12 @@ from .drawn import Drawn
 from .figures import Panel, Style
 from .figures_page import to_plotly
 from .panels import CURVES
-from .report_tables import ARM, COLUMNS, VERDICT, arm_row, rate_rows, run_rows
 from .statistics import Study
+from .tables import ARM, COLUMNS, VERDICT, arm_row, rate_rows, run_rows
 
 __all__ = ["Content", "render"]
 
-FOLDER = Path(__file__).with_name("page")
+FOLDER = Path(__file__).with_name("assets")
 
 LINES = {"solid": "", "dash": "6 3", "dot": "2 2", "dashdot": "6 3 2 3", "longdash": "10 4"}
 

@@ -1,8 +1,8 @@
 """
 A command of ``olmo-optim`` that does not outlive the process that started it:
-``python -m mixture_pretraining_stages.child pretrain ...`` gets SIGTERM, on which a run saves and
-ends, once its standard input is closed. That happens however the parent dies, as it has the other
-end of the pipe.
+``python -m mixture_pretraining_stages.comparing.child pretrain ...`` gets SIGTERM, on which a run
+saves and ends, once its standard input is closed. That happens however the parent dies, as it has
+the other end of the pipe.
 """
 
 import os

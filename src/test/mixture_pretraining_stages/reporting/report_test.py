@@ -13,15 +13,15 @@ from matplotlib.image import imread
 from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages import extras
-from mixture_pretraining_stages.criteria import check_criteria
-from mixture_pretraining_stages.drawn import draw
-from mixture_pretraining_stages.figures import BASELINE_STYLE, style_of
-from mixture_pretraining_stages.figures_page import to_plotly
-from mixture_pretraining_stages.html_report import Report, write_report
-from mixture_pretraining_stages.panels import panels
-from mixture_pretraining_stages.report_tables import arm_row
-from mixture_pretraining_stages.results import load_runs
-from mixture_pretraining_stages.statistics import Study, study
+from mixture_pretraining_stages.reporting.criteria import check_criteria
+from mixture_pretraining_stages.reporting.drawn import draw
+from mixture_pretraining_stages.reporting.figures import BASELINE_STYLE, style_of
+from mixture_pretraining_stages.reporting.figures_page import to_plotly
+from mixture_pretraining_stages.reporting.panels import panels
+from mixture_pretraining_stages.reporting.report import Report, write_report
+from mixture_pretraining_stages.reporting.results import load_runs
+from mixture_pretraining_stages.reporting.statistics import Study, study
+from mixture_pretraining_stages.reporting.tables import arm_row
 
 from .synthetic import write_comparison, write_facts, write_run, write_trial
 

@@ -11,7 +11,7 @@ import pytest
 from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.callbacks import keep_metrics
-from mixture_pretraining_stages.results import load_runs
+from mixture_pretraining_stages.reporting.results import load_runs
 
 from .synthetic import write_comparison, write_run, write_trial
 

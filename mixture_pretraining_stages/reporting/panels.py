@@ -10,8 +10,8 @@ from olmo_optim_ext.engine.roles import Role
 from olmo_optim_ext.matrix.reports import FAILED
 from olmo_optim_ext.training import matrix_metric
 
+from ..callbacks import LOSS
 from .bar_panels import bar_panels, mixture_panel
-from .callbacks import LOSS
 from .curves import Point, mean_curve
 from .drawn import Drawn
 from .figures import Panel, Series

@@ -14,10 +14,10 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 
-from mixture_pretraining_stages import workers
-from mixture_pretraining_stages.comparison import Comparison
-from mixture_pretraining_stages.comparison_folder import results
-from mixture_pretraining_stages.workers import Crew, Metrics, places
+from mixture_pretraining_stages.comparing import workers
+from mixture_pretraining_stages.comparing.comparison import Comparison
+from mixture_pretraining_stages.comparing.folder import results
+from mixture_pretraining_stages.comparing.workers import Crew, Metrics, places
 
 from .fake_run import STEPS, loss_of
 from .study_test import MUON_ALONE, plan, queue_of

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .alive import Worker
 from .comparison import Comparison, RunPlan
-from .comparison_folder import final_loss, read_trial, steps_of, write_trial
+from .folder import final_loss, read_trial, steps_of, write_trial
 from .slots import (
     ERROR,
     SEED,

@@ -9,17 +9,18 @@ from typing import Any, Dict
 import pytest
 from olmo_core.exceptions import OLMoConfigurationError
 
-from mixture_pretraining_stages.comparison import (
+from mixture_pretraining_stages.comparing.comparison import (
     Comparison,
     check_arms,
     factors_of_two,
     plan_comparison,
     validation_losses,
 )
-from mixture_pretraining_stages.comparison_folder import claim_folder
-from mixture_pretraining_stages.training import JolmoModel, load_spec
+from mixture_pretraining_stages.comparing.folder import claim_folder
+from mixture_pretraining_stages.reading import load_spec
+from mixture_pretraining_stages.training import JolmoModel
 
-from .spec import tiny_spec, write_spec
+from ..spec import tiny_spec, write_spec
 
 
 def load(folder: Path, **changes: Any) -> JolmoModel:

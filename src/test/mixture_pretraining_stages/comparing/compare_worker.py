@@ -14,9 +14,10 @@ import matplotlib.figure  # noqa: F401
 import torch
 from rich.console import Console
 
-from mixture_pretraining_stages import launch, workers
-from mixture_pretraining_stages.comparison import RunPlan
-from mixture_pretraining_stages.training import load_spec
+from mixture_pretraining_stages import launch
+from mixture_pretraining_stages.comparing import workers
+from mixture_pretraining_stages.comparing.comparison import RunPlan
+from mixture_pretraining_stages.reading import load_spec
 from olmo_optim_ext import cli
 
 
