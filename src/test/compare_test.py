@@ -27,7 +27,7 @@ from olmo_optim_ext.cli import compare
 from .mixture_pretraining_stages.comparing.workers_test import FAKE
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
-WORKER = Path(__file__).parent / "mixture_pretraining_stages" / "compare_worker.py"
+WORKER = Path(__file__).parent / "mixture_pretraining_stages" / "comparing" / "compare_worker.py"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import pickle
 import signal
 import subprocess
 import time
-from pathlib import Path
 from typing import Any, Callable
 
 import pytest
@@ -17,8 +16,6 @@ from submitit.core.utils import FailedJobError
 from mixture_pretraining_stages.submission import Job, RunFailed, signal_delay
 
 from .jobs import ScriptJob
-
-ROOT = Path(__file__).parents[3]
 
 # A run that gets a signal of its job, saves, and ends as an interrupted run does.
 SAVES = """
@@ -118,15 +115,16 @@ def test_a_run_that_does_not_stop_is_killed_in_time(in_a_job, tmp_path):
     assert time.monotonic() - begin < 10
 
 
-def test_a_failure_fails_the_job_and_is_not_requeued(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # from where the job can import this file's neighbour
+def test_a_failure_fails_the_job_and_is_not_requeued(tmp_path):
     executor = submitit.LocalExecutor(tmp_path)
     executor.update_parameters(timeout_min=1, signal_delay_s=1)
-    script = f"open({str(tmp_path / 'log')!r}, 'a').write('started '); raise SystemExit(2)"
-    job = executor.submit(script_job(script))
+    arguments = ["pretrain", str(tmp_path / "nowhere.yaml")]
+    job = executor.submit(Job(arguments=arguments, nodes=1, ranks=1, grace=1, linger=0))
     with pytest.raises(FailedJobError, match="exit code 2"):
         job.result()
-    assert (tmp_path / "log").read_text() == "started "
+    assert (job.stdout() or "").count("nowhere.yaml: No such file") + (
+        (job.stderr() or "").count("nowhere.yaml: No such file")
+    ) == 1
 
 
 def test_each_node_starts_its_own_ranks_of_one_run(in_a_job):
