@@ -9,6 +9,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import INITIAL_LR_FIELD
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
+from olmo_optim_ext.config import ExtOptimConfig
 from olmo_optim_ext.schedulers import (
     WithMomentum,
     cycles_momentum,
@@ -18,7 +19,7 @@ from olmo_optim_ext.schedulers import (
 from olmo_optim_ext.training import HyperparameterSchedule, check_never_decays, check_schedule
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
-from .plans import plan_stages, run_span
+from .plans import plan_stages, run_span, same_kind
 from .spec_parts import DataParallelism, ShareSpec, StageSizes, StageSpec, WarmStartSpec
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def check(spec: "JolmoModel", world_size: int = 1) -> None:
     _check_optimizer_metrics(spec)
     if spec.warm_start is not None:
         _check_warm_start(spec, spec.warm_start)
+    _check_switches(spec)
 
 
 def _check_schedules(spec: "JolmoModel") -> None:
@@ -138,6 +140,23 @@ def _check_averages(spec: "JolmoModel") -> None:
             )
         check_never_decays(scheduler, lr, t_max, where)
         before = float(scheduler.get_lr(lr, last, t_max))
+
+
+def _check_switches(spec: "JolmoModel") -> None:
+    """State of another optimizer goes over to those of this package alone."""
+    carries = spec.warm_start is not None and spec.warm_start.optimizer_state
+    before = spec.warm_start_optimizer_config() if carries else None
+    for stage in spec.stages:
+        config = spec.optimizer_config(stage)
+        if before is not None and not same_kind(before, config):
+            require(
+                isinstance(config, ExtOptimConfig),
+                f"{spec.where(stage, 'optimizer')}.name",
+                spec.optimizer_of(stage)["name"],
+                "the optimizer before it, or one of `olmo-optim list`, as state of another one "
+                "goes over to those alone",
+            )
+        before = config
 
 
 def _check_warm_start(spec: "JolmoModel", start: WarmStartSpec) -> None:

@@ -5,11 +5,12 @@ of another run's; and where the optimizer is another, what goes over from one to
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 from olmo_core.distributed.checkpoint import load_model_and_optim_state
 from olmo_core.distributed.utils import get_rank
 from olmo_core.exceptions import OLMoConfigurationError
@@ -21,7 +22,7 @@ from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.training import Decision, carry_over
 
 from . import checkpoints
-from .plans import StagePlan
+from .plans import StagePlan, same_kind
 from .training import JolmoModel
 
 __all__ = ["begin"]
@@ -83,15 +84,16 @@ def _load(
     """Load weights, and of the optimizer's state what means the same in the stage's."""
     module = _module(trainer)
     ours = spec.optimizer_config(plan.spec)
-    if _kind(source) == _kind(ours) and (
-        source == ours or checkpoints.misfit(folder, module) is None
-    ):
+    model = spec.model_config(vocab_size).build(init_device="meta")
+    if same_kind(source, ours) and (source == ours or checkpoints.misfit(folder, module) is None):
         checkpoints.check_fits(folder, module)
         load_model_and_optim_state(
             folder,
             *(module.model, module.optim),
             flatten_optimizer_state=True,  # as the trainer saves it
         )
+        if not isinstance(module.optim, ExtOptimizer):
+            _give_options(module.optim, ours, model)
         return []
     optim = module.optim
     if not isinstance(optim, ExtOptimizer):
@@ -101,7 +103,6 @@ def _load(
         )
     checkpoints.check_weights_fit(folder, module)
     load_model_and_optim_state(folder, module.model)
-    model = spec.model_config(vocab_size).build(init_device="meta")
     decisions = carry_over(optim, source.build(model), model, folder)
     if get_rank() == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -111,10 +112,16 @@ def _load(
     return _in_words(plan, decisions)
 
 
-def _kind(config: OptimConfig) -> Optional[object]:
-    """Of optimizers of one kind state means the same, whatever their options are."""
-    inner = getattr(config, "rule_config", config)
-    return type(config), type(inner)
+def _give_options(optim: torch.optim.Optimizer, config: OptimConfig, model: nn.Module) -> None:
+    """
+    Give an optimizer the options of its config again: one of OLMo-core's has got those of the
+    checkpoint with its state.
+
+    :param model: As the optimizer's, on the meta device.
+    """
+    options = {f.name for f in fields(config)} - {"lr"}  # which its scheduler sets
+    for group, fresh in zip(optim.param_groups, config.build(model).param_groups):
+        group.update({key: fresh[key] for key in options & fresh.keys()})
 
 
 def _in_words(plan: StagePlan, decisions: Sequence[Decision]) -> List[str]:

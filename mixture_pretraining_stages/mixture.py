@@ -62,7 +62,13 @@ def share_out(plan: StagePlan, sizes: Mapping[str, int]) -> List[Share]:
             f"allowed are {'at most ' if weights else ''}the {plan.tokens:,} of the stage, give or "
             "take a batch"
         )
-    if not weights or rest < 0:  # rounding to batches
+    if weights and rest < plan.sequence_length:
+        raise OLMoConfigurationError(
+            f"{where}.{next(iter(weights))}: tokens and repetitions of the others leave "
+            f"{max(0.0, rest):,.0f} of the stage's {plan.tokens:,} tokens to weights, allowed is "
+            f"enough for a sequence of {plan.sequence_length}, or weight 0"
+        )
+    if not weights:  # rounding to batches
         fixed = {name: tokens * total / sum(fixed.values()) for name, tokens in fixed.items()}
     limits = {
         name: spec.max_repetitions * sizes[name]
@@ -76,8 +82,7 @@ def share_out(plan: StagePlan, sizes: Mapping[str, int]) -> List[Share]:
                 f"the source's {sizes[name]:,}, allowed by max_repetitions is "
                 f"{specs[name].max_repetitions:g}"
             )
-    rest = max(0.0, rest)
-    given = _by_weight(weights, limits, rest, where) if rest > 0 else {}
+    given = _by_weight(weights, limits, rest, where) if weights else {}
     asked = {name: rest * weight / sum(weights.values()) for name, weight in weights.items()}
     shares = []
     for name, tokens in {**fixed, **given}.items():
@@ -146,8 +151,9 @@ def build_mixture(
 class MixtureLoader(ComposableDataLoader):
     """
     OLMo-core's loader, in an order in which each part of the run has the mixture's shares: of the
-    first ``n`` instances a source has its share, give or take one. Within a source the order is
-    random, and so is where in its stratum an instance stands.
+    first ``n`` instances a source has its share, give or take one. A source is gone through once,
+    in random order, before anything of it comes again. Where in its stratum an instance stands is
+    random, too.
 
     :param mixture: The instances.
     """
@@ -156,12 +162,16 @@ class MixtureLoader(ComposableDataLoader):
         super().__init__(mixture, **options)
         self.source_names = [str(source.label) for source in mixture.sampled_sources]
         self.source_ends = np.cumsum([len(source) for source in mixture.sampled_sources])
+        # A sampled source is the whole one, again and again.
+        self.pass_sizes = [sum(map(len, source.sources)) for source in mixture.sampled_sources]
 
     def _build_global_indices(self) -> np.ndarray:
         random = get_rng(self.seed + (self._epoch or 1))
         orders, places = [], []
-        for end, size in zip(self.source_ends, np.diff(self.source_ends, prepend=0)):
-            orders.append(random.permutation(size) + end - size)
+        sizes = np.diff(self.source_ends, prepend=0)
+        for end, size, once in zip(self.source_ends, sizes, self.pass_sizes):
+            for begin in range(0, size, once):
+                orders.append(random.permutation(min(once, size - begin)) + end - size + begin)
             places.append((np.arange(size) + random.random(size)) / size)
         order = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
         return order.astype(np.uint32)

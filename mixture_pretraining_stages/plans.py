@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
-from olmo_core.optim import Scheduler
+from olmo_core.optim import OptimConfig, Scheduler
 
 from .schedule import Span, StageScheduler
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .spec_parts import StageSpec
     from .training import JolmoModel
 
-__all__ = ["StagePlan", "over_run", "plan_stages", "run_span"]
+__all__ = ["StagePlan", "over_run", "plan_stages", "run_span", "same_kind"]
 
 LONGEST_WARMUP = 100
 """:data:`StageSpec.warmup` where the optimizer changes, at most; else a twentieth of the stage."""
@@ -125,6 +125,12 @@ def over_run(scheduler: Scheduler, plans: Sequence[StagePlan]) -> StageScheduler
     batches of other sizes.
     """
     return StageScheduler(inner=scheduler, stage=run_span(plans), over=run_span(plans))
+
+
+def same_kind(one: OptimConfig, other: OptimConfig) -> bool:
+    """Of optimizers of one kind state means the same, whatever their options are."""
+    kinds = [(type(c), type(getattr(c, "rule_config", c))) for c in (one, other)]
+    return kinds[0] == kinds[1]
 
 
 def _name(optimizer: Dict[str, Any]) -> Any:

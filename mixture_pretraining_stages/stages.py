@@ -221,8 +221,10 @@ class Run:
             of_run = plan.optimizer == self.plans[0].optimizer
             folder = self.output if of_run else plan.folder
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "roles.txt").write_text(to_text(rows))
-            (folder / "roles.json").write_text(to_json(rows))
+            for name, text in (("roles.txt", to_text(rows)), ("roles.json", to_json(rows))):
+                draft = folder / f"{name}.tmp"
+                draft.write_text(text)
+                draft.replace(folder / name)
 
     def _say_what_runs(self, train_module: TransformerTrainModule) -> None:
         params = sum(p.numel() for p in train_module.model.parameters())

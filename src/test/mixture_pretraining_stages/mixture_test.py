@@ -2,6 +2,7 @@
 Mixtures: what a stage takes of each source, in which order, and what was drawn.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -83,6 +84,10 @@ def test_what_a_limit_on_repetitions_keeps_back_goes_to_the_other_weights(tmp_pa
             "stages.0.mixture: .*30,000.* at most the 25,600",
         ),
         (
+            {"first": {"tokens": 25_600}, "second": 1},
+            "stages.0.mixture.second: .*leave 0 of the stage's 25,600 .*a sequence of 32",
+        ),
+        (
             {"second": {"tokens": 12_800, "max_repetitions": 4}, "first": 1},
             "stages.0.mixture.second.tokens: 12,800 tokens are 12.80 times .*max_repetitions is 4",
         ),
@@ -91,7 +96,14 @@ def test_what_a_limit_on_repetitions_keeps_back_goes_to_the_other_weights(tmp_pa
             "stages.0.mixture.second: 1.0 tokens are not allowed.*a sequence of 32",
         ),
     ],
-    ids=["too little", "too much", "nothing left", "above the limit", "less than a sequence"],
+    ids=[
+        "too little",
+        "too much",
+        "nothing left",
+        "weights of nothing",
+        "above the limit",
+        "less than a sequence",
+    ],
 )
 def test_amounts_that_do_not_add_up_are_refused(mixture, message, tmp_path):
     with pytest.raises(OLMoConfigurationError, match=message):
@@ -150,6 +162,22 @@ def test_at_each_moment_the_drawn_mixture_is_the_asked_one_but_for_an_instance(t
         # A stratum of either side of the border may not have been drawn from.
         assert abs(drawn[0] - 0.7 * drawn.sum()) <= 2 * 32
     assert drawn.sum() >= 256_000
+
+
+def test_nothing_of_a_source_comes_again_before_all_of_it_has(tmp_path):
+    limited = {"weight": 1, "max_repetitions": 2}
+    loader = loader_of(tmp_path, {"first": 1, "second": limited}, tokens=51_200)
+    end = loader.source_ends[0]
+    drawn = [
+        tuple(ids.tolist())
+        for batch in loader
+        for index, ids in zip(batch["index"], batch["input_ids"])
+        if int(index) >= end
+    ]
+    once = loader.pass_sizes[1]
+    assert 1.9 * once < len(drawn)
+    assert len(set(drawn[:once])) == len(set(drawn)) == once
+    assert max(Counter(drawn[: 2 * once]).values()) == 2
 
 
 def test_the_counted_tokens_are_those_of_the_source(tmp_path):

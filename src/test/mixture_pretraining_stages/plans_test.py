@@ -117,6 +117,10 @@ def test_another_optimizer_warms_up_by_default(tmp_path):
         ({"optimizer": 3}, "stages.1.optimizer: 3 .*a mapping"),
         ({"scheduler": {"type": "wsq"}}, "stages.1.scheduler.type: 'wsq'.*wsd"),
         ({"scheduler": {"type": "wsd", "warmp": 1}}, "stages.1.scheduler.warmp: "),
+        (
+            {"optimizer": {"name": "olmo_core.skip_step_adamw"}},
+            "stages.1.optimizer.name: 'olmo_core.skip_step_adamw' .*the optimizer before it",
+        ),
         ({"warmup": -1}, "stages.1.warmup: -1 .*>= 0"),
         ({"sequence_length": 0}, "stages.1.sequence_length: 0 .*>= 1"),
         ({"sequence_length": 48}, "stages.1.rank_microbatch_size: 128 .*sequence_length .48"),

@@ -14,7 +14,7 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from olmo_core.distributed.checkpoint import unshard_checkpoint
+from olmo_core.distributed.checkpoint import load_keys, unshard_checkpoint
 from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
@@ -394,6 +394,27 @@ def test_a_run_begins_with_the_weights_of_another(kind, uninterrupted, tmp_path)
     # Muon has made 18 updates, and AdamW 8, where it did not go on with what Muon left to AdamW.
     expected = {"weights": {2}, "the same optimizer": {20}, "another optimizer": {10, 28}}[kind]
     assert set(steps.values()) == expected
+
+
+def test_options_of_olmo_cores_optimizer_are_the_stages_and_not_the_checkpoints(tmp_path):
+    def optimizer(**options: Any) -> Dict[str, Any]:
+        return {"name": "olmo_core.skip_step_adamw", "lr": 0.01, **options}
+
+    stages = [
+        {"name": "one", "tokens": 256, "mixture": {"first": 1}},
+        {
+            **{"name": "two", "tokens": 256, "mixture": {"first": 1}},
+            "optimizer": optimizer(betas=[0.8, 0.9], weight_decay=0.5),
+        },
+    ]
+    spec = tiny_spec(tmp_path, stages=stages, optimizer=optimizer(), scheduler=None)
+    assert run(spec) == [FINISHED]
+    saved = checkpoints.latest(tmp_path / "run" / "stages" / "01-two")
+    assert saved is not None
+    group = "optim.param_groups.lm_head.norm.weight"
+    keys = [f"{group}.betas", f"{group}.weight_decay", "optim.state.lm_head.norm.weight.step"]
+    betas, decay, step = load_keys(f"{saved.path}/model_and_optim", keys)
+    assert (betas, decay, float(step)) == ((0.8, 0.9), 0.5, 2)
 
 
 def test_a_run_that_cannot_begin_with_a_checkpoint_says_why(uninterrupted, tmp_path):
