@@ -113,12 +113,14 @@ def read_metrics(path: Path) -> List[Dict[str, Any]]:
     by_step: Dict[int, Dict[str, Any]] = {}
     if not path.exists():
         return []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if not isinstance(row, dict) or not {"step", "stage"} <= row.keys():
+            continue
+        if not isinstance(row["step"], int):  # of something else than a run
             continue
         # What is recorded between two stages is for the step, and the stage, that came before.
         merged = by_step.setdefault(row["step"], {"stage": row["stage"]})

@@ -16,6 +16,8 @@ from typing import Any, Dict, List, Optional, Sequence
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
+from .processes import kill_tree
+
 __all__ = ["REQUEUES", "Job", "RunFailed", "signal_delay"]
 
 REQUEUES = 100
@@ -114,7 +116,7 @@ class Job:
                 time.sleep(0.1)
             if not _has_ended(self._child.pid):
                 print(f"No checkpoint within {self.grace:.0f} s: the run is killed.", flush=True)
-                os.killpg(self._child.pid, signal.SIGKILL)
+                kill_tree(self._child.pid)
         return DelayedSubmission(replace(self), *arguments, **options)
 
     __submitit_checkpoint__ = checkpoint  # its name in later versions of submitit

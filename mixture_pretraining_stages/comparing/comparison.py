@@ -238,7 +238,7 @@ def _arms_of(
     for name in resolved:
         if resolved.count(name) > 1:
             _refuse("--optimizers", ",".join(names), f"{name} once")
-    return {name: known.get(name) or _arm_with(spec, name) for name in names}
+    return {name: known[name] if name in known else _arm_with(spec, name) for name in names}
 
 
 def _arm_with(spec: "JolmoModel", name: str) -> Dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from ..processes import kill_tree
 from .comparison import RunPlan, validation_losses
 from .folder import steps_of
 from .study import Ended, Outcome, Queue
@@ -32,6 +33,9 @@ POLL = 0.2
 
 REFRESH = 2.0
 """Seconds between looks at the queue."""
+
+TURNS = 5
+"""How often a run may find its folder taken although it was free a moment ago."""
 
 
 class Place(NamedTuple):
@@ -122,7 +126,7 @@ class Crew:
             try:
                 return self._execute(run, place, observe)
             finally:
-                del self.running[run.label]
+                self.running.pop(run.label, None)  # two samples may be the same rate
 
         while not self.stopping.is_set() and not self.queue.finished:
             if not self.queue.run_next(execute):
@@ -132,7 +136,7 @@ class Crew:
         self, run: RunPlan, place: Place, observe: Callable[[int, float], bool]
     ) -> Outcome:
         spec = _write_spec(run)
-        while True:
+        for turn in range(1, TURNS + 1):
             if not self._wait_until_free(run.folder):
                 return Outcome(Ended.stopped)
             log = run.folder / "output.log"
@@ -147,8 +151,9 @@ class Crew:
             if code < 0 or last.startswith("Interrupted"):
                 reason = f"by signal {-code}" if code < 0 else "by a signal"
                 return Outcome(Ended.killed, f"it was stopped {reason}, not by the comparison")
-            if "another process is running" not in last:
-                return Outcome(Ended.failed, last.partition(" Resume with:")[0] or f"exit {code}")
+            if "another process is running" not in last or turn == TURNS:
+                break
+        return Outcome(Ended.failed, last.partition(" Resume with:")[0] or f"exit {code}")
 
     def _wait_until_free(self, folder: Path) -> bool:
         # A run whose comparison was killed needs a moment to save itself.
@@ -198,12 +203,15 @@ class Crew:
                     asked = Ended.stopped if self.stopping.is_set() else Ended.pruned
                     child.terminate()
                 if self.killing.is_set():
-                    os.killpg(child.pid, signal.SIGKILL)
+                    kill_tree(child.pid)
             for step, loss in metrics.read():
                 observe(step, loss)
         finally:
             child.terminate()  # nothing happens to one that has ended
-            child.wait()
+            while child.poll() is None:
+                if self.killing.is_set():
+                    kill_tree(child.pid)
+                time.sleep(POLL)
             assert child.stdin is not None
             child.stdin.close()
         return child.returncode, asked

@@ -10,6 +10,7 @@ from .statistics import (
     BETTER,
     BROKEN_RATE,
     EDGE,
+    NO_PAIRS,
     RATES_OF_A_TUNED_ARM,
     SEEDS_FOR_A_CLAIM,
     SEEDS_MISSING,
@@ -65,6 +66,7 @@ def statement(study: Study) -> List[str]:
             WORSE: "Worse than it",
             TIE: "Ties, with a difference inside the noise",
             TOO_FEW: f"Nothing is claimed, with fewer than {SEEDS_FOR_A_CLAIM} seeds, of",
+            NO_PAIRS: "Not compared, as they have no seed in common with it",
         }
         for verdict, words in groups.items():
             arms = [arm for arm in study.arms if arm.verdict == verdict]
@@ -79,7 +81,9 @@ def statement(study: Study) -> List[str]:
 
 def _with_difference(arm: Arm, among: int) -> str:
     # More numbers than that are read in a table.
-    return f"{arm.name} ({describe_difference(arm)})" if among <= 6 else arm.name
+    if arm.difference is None or among > 6:
+        return arm.name
+    return f"{arm.name} ({describe_difference(arm)})"
 
 
 def _with_loss(arm: Arm) -> str:

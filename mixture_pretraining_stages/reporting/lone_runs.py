@@ -2,13 +2,16 @@
 Names for runs that are compared although no comparison made them: the optimizer, and what differs.
 """
 
+from collections import Counter
+from collections.abc import Container
 from dataclasses import replace
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 if TYPE_CHECKING:
     from .results import RunResult
 
-__all__ = ["differing_keys", "name_arms"]
+__all__ = ["differing_keys", "name_arms", "unlike"]
 
 NOT_OF_THE_ARM = frozenset(
     {
@@ -25,7 +28,7 @@ def name_arms(runs: Sequence["RunResult"], taken: Set[str]) -> List["RunResult"]
     """
     Give each run an arm: the optimizer's name and the keys of its config that differ, of the
     optimizer among runs with the same one, of all else among all runs. Where two runs then have the
-    same arm, rate and seed, also the name of the folder.
+    same arm, rate and seed, also the name of the folder, and a number if that is the same, too.
 
     :param taken: Names that others have.
     """
@@ -41,18 +44,20 @@ def name_arms(runs: Sequence["RunResult"], taken: Set[str]) -> List["RunResult"]
             told = [f"{key.removeprefix('optimizer.')}={flat.get(key)}" for key in own + others]
             arm = " ".join([run.optimizer or run.folder.name, *told])
         named.append(replace(run, arm=arm))
-    return [_unlike(run, index, named, taken) for index, run in enumerate(named)]
+    like = Counter((run.arm, run.lr, run.seed) for run in named)
+    out: List["RunResult"] = []
+    for run in named:
+        if like[run.arm, run.lr, run.seed] > 1 or run.arm in taken:
+            known = {*taken, *(each.arm for each in (*named, *out))}
+            run = replace(run, arm=unlike(f"{run.arm} ({run.folder.name})", known))
+        out.append(run)
+    return out
 
 
-def _unlike(
-    run: "RunResult", index: int, named: Sequence["RunResult"], taken: Set[str]
-) -> "RunResult":
-    same = any(
-        (run.arm, run.lr, run.seed) == (each.arm, each.lr, each.seed)
-        for other, each in enumerate(named)
-        if other != index
-    )
-    return replace(run, arm=f"{run.arm} ({run.folder.name})") if same or run.arm in taken else run
+def unlike(name: str, others: Container[str]) -> str:
+    """The name, or else the first of ``name 2``, ``name 3``, ... that no other has."""
+    numbered = (f"{name} {number}" for number in count(2))
+    return next(each for each in chain([name], numbered) if each not in others)
 
 
 def differing_keys(

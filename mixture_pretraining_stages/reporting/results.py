@@ -21,7 +21,7 @@ from ..facts import read_facts
 from ..plans import plan_stages
 from ..reading import load_spec
 from ..timing import STEP_SECONDS
-from .lone_runs import name_arms
+from .lone_runs import name_arms, unlike
 
 __all__ = ["Comparison", "Evaluation", "Results", "RunResult", "load_runs"]
 
@@ -173,8 +173,12 @@ def _apart(
     comparison: Comparison, runs: List[RunResult], taken: Set[str]
 ) -> Tuple[Comparison, List[RunResult]]:
     """With other names for arms that another comparison has, too."""
-    arms = {*comparison.lrs, comparison.baseline, *(run.arm for run in runs)}
-    names = {arm: f"{comparison.name}: {arm}" if arm in taken else arm for arm in arms}
+    arms = sorted({*comparison.lrs, comparison.baseline, *(run.arm for run in runs)})
+    names: Dict[str, str] = {}
+    for arm in arms:
+        name = arm if arm not in taken else f"{comparison.name}: {arm}"
+        others = {*taken, *names.values(), *(each for each in arms if each != arm)}
+        names[arm] = unlike(name, others)
     return (
         replace(
             comparison,
@@ -224,8 +228,23 @@ def _read(folder: Path) -> RunResult:
         seed=_whole(config.get("seed"), None),
         config=config,
         facts=read_facts(folder / "run.json"),
-        rows=read_metrics(folder / "metrics.jsonl"),
+        rows=_rows(folder),
     )
+
+
+def _rows(folder: Path) -> List[Dict[str, Any]]:
+    """Metrics of a run; what another program has written, without tokens or numbers, is not."""
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.is_file() else []
+    return [
+        {key: value for key, value in row.items() if key == "stage" or _is_number(value)}
+        for row in rows
+        if _is_number(row.get("tokens"))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _trial(folder: Path) -> RunResult:

@@ -45,7 +45,9 @@ def _limits(drawn: Sequence[Drawn]) -> Tuple[float, float]:
     first = [run.evaluations[0].loss for arm in shown for run in arm.runs if run.evaluations]
     if not losses:
         return 0.0, 1.0
-    low, high = min(losses), min([max(losses), *([max(first)] if first else [])])
+    low, high = min(losses), max(losses)
+    if first and max(first) > low:  # else all have ended above where they began
+        high = min(high, max(first))
     pad = 0.05 * (high - low) or 0.1
     return low - pad, high + pad
 

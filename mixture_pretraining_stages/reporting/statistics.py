@@ -167,7 +167,8 @@ def _arm(name: str, runs: Sequence[RunResult], asked: Optional[Comparison]) -> A
         missing = sum((lr, seed) not in there for lr in by_rate for seed in seeds)
     flags = []
     if best is not None:
-        if len(rates) > 1 and best in (rates[0], rates[-1]):
+        searched = asked.lrs[name] if asked and asked.tune else []
+        if (len(rates) > 1 and best in (rates[0], rates[-1])) or _is_near_an_end(best, searched):
             flags.append(EDGE)
         if best.broken:
             flags.append(BROKEN_RATE)
@@ -201,6 +202,18 @@ def _best(rates: Sequence[Rate]) -> Optional[Rate]:
     most = max((len(rate.losses) for rate in whole), default=0)
     means = [(rate.mean, i) for i, rate in enumerate(whole) if len(rate.losses) == most]
     return whole[min((mean, i) for mean, i in means if mean is not None)[1]] if means else None
+
+
+def _is_near_an_end(best: Rate, grid: Sequence[float]) -> bool:
+    """
+    Whether the best rate of a search lies within half a step of the grid, or half a factor of 2, of
+    an end of the range in which it searched. Samples crowd around an optimum, so that the last of many near an end need not be
+    the best although a better one lies beyond.
+    """
+    if len(grid) < 2 or best.lr is None:
+        return False
+    half = min(2.0, (grid[-1] / grid[0]) ** (1 / (len(grid) - 1))) ** 0.5
+    return best.lr < grid[0] * half or best.lr > grid[-1] / half
 
 
 def _loss(arm: Arm) -> float:

@@ -262,3 +262,10 @@ def test_a_damaged_comparison_is_named(tmp_path):
     (comparison.folder / "comparison.yaml").write_bytes(bytes(range(256)))
     with pytest.raises(OLMoConfigurationError, match="comparison.yaml is damaged"):
         claim_folder(comparison)
+
+
+def test_an_arm_without_overrides_is_found_by_its_name(tmp_path):
+    section = {"arms": {"base": {}, "muon": {}}, "baseline": "base"}
+    optimizer = {"name": "muon", "lr": 0.04, "momentum": 0.5}
+    found = plan(tmp_path, flags("base", "muon"), comparison=section, optimizer=optimizer)
+    assert [spec.optimizer for spec in found.specs.values()] == [optimizer, optimizer]

@@ -73,6 +73,18 @@ def test_what_a_run_says_at_its_end_is_its_error(tmp_path):
     }
 
 
+def test_a_run_whose_folder_seems_taken_for_ever_fails(tmp_path):
+    comparison = plan(tmp_path, "adamw", lrs=1, seeds=1)
+    crew = crew_of(comparison, jobs=1)
+    said = "output: another process is running in here"
+    starts = tmp_path / "starts"
+    crew.command = ("sh", "-c", f"echo x >> {starts}; echo {said}; exit 2")
+    crew.work(nothing)
+    assert len(starts.read_text().split()) == workers.TURNS
+    (found,) = results(comparison)
+    assert (found.state, found.error) == ("failed", said)
+
+
 def test_a_search_stops_runs_that_it_prunes(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_STEP_SECONDS", "0.03")
     comparison = plan(tmp_path, section=MUON_ALONE, lrs=3, seeds=2, tune=True)

@@ -159,6 +159,16 @@ def test_a_sensitivity_marks_the_best_the_edge_and_what_broke(comparison, tmp_pa
     assert marked("adamw") == {"star": [0.02], "x": [0.04]}
 
 
+def test_the_axis_of_a_sensitivity_is_upright_where_all_ended_above_their_beginning(tmp_path):
+    root = write_comparison(tmp_path / "c", {"adamw": [0.1, 0.2]}, [0])
+    for lr in (0.1, 0.2):
+        write_trial(root, "adamw", lr, 0, losses={step: 5.0 + step for step in range(1, 19)})
+    (panel,) = [p for p in panels(draw(study(load_runs([root])))) if p.key == "learning_rates"]
+    assert panel.y_range is not None
+    low, high = panel.y_range
+    assert low < 23.0 < high
+
+
 def criteria_of(root: Path, **changes: Any) -> Dict[str, Any]:
     found: Study = study(load_runs([root]))
     return {each.name: (each.met, " ".join(each.evidence)) for each in check_criteria(found)}

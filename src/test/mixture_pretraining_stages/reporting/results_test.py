@@ -11,7 +11,8 @@ import pytest
 from olmo_core.exceptions import OLMoConfigurationError
 
 from mixture_pretraining_stages.callbacks import keep_metrics
-from mixture_pretraining_stages.reporting.results import load_runs
+from mixture_pretraining_stages.reporting.results import Results, load_runs
+from mixture_pretraining_stages.reporting.statistics import study
 
 from .synthetic import write_comparison, write_run, write_trial
 
@@ -80,7 +81,14 @@ def test_only_evaluations_with_all_sources_are_compared(tmp_path):
         lambda folder: (folder / "config.yaml").write_text("name: 3\nof: another version\n"),
         lambda folder: (folder / "metrics.jsonl").unlink(),
         lambda folder: (folder / "metrics.jsonl").write_text('[1]\n{"step": 3}\n{"ste'),
+        lambda folder: (folder / "metrics.jsonl").write_bytes(b'\xff{"step": 3}\n'),
+        lambda folder: (folder / "metrics.jsonl").write_text('{"step": 3, "stage": "one"}\n'),
+        lambda folder: (folder / "metrics.jsonl").write_text(
+            '{"step": "3", "stage": "one", "tokens": 1}\n'
+            '{"step": 4, "stage": "one", "tokens": 1, "eval/validation/first/CE loss": "low"}\n'
+        ),
         lambda folder: (folder / "run.json").write_text("{"),
+        lambda folder: (folder / "run.json").write_text('{"state_bytes": {"one": null}}'),
     ],
 )
 def test_a_damaged_run_is_read_as_far_as_it_goes(damage, tmp_path):
@@ -88,6 +96,7 @@ def test_a_damaged_run_is_read_as_far_as_it_goes(damage, tmp_path):
     damage(folder)
     run = load_one(folder)
     assert run.arm in ("muon", "run")
+    assert study(Results([run])).arms
     if run.config == {} or not run.rows:
         assert run.state == "running"
 
@@ -183,3 +192,17 @@ def test_a_damaged_comparison_is_named(text, tmp_path):
     (tmp_path / "comparison.yaml").write_text(text)
     with pytest.raises(OLMoConfigurationError, match="comparison.yaml: it is damaged"):
         load_runs([tmp_path])
+
+
+def test_no_two_runs_have_the_same_name_rate_and_seed(tmp_path):
+    """Or one of them would take the other's place in a mean."""
+    adamw = {"name": "adamw", "lr": 0.1}
+    lone = [write_run(tmp_path / n / "run", optimizer=adamw) for n in ("one", "two", "three")]
+    names = [run.arm for run in load_runs(lone).runs]
+    assert names == ["adamw (run)", "adamw (run) 2", "adamw (run) 3"]
+    again = [tmp_path / name / "c" for name in ("first", "second", "third")]
+    for root in again:
+        write_trial(write_comparison(root, {"adamw": [0.1]}, [0]), "adamw", 0.1, 0)
+    results = load_runs(again)
+    assert [run.arm for run in results.runs] == ["adamw", "c: adamw", "c: adamw 2"]
+    assert [c.baseline for c in results.comparisons] == ["adamw", "c: adamw", "c: adamw 2"]

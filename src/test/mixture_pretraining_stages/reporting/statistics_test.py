@@ -131,6 +131,18 @@ def test_the_rate_with_the_lowest_mean_is_chosen_and_flagged_at_an_edge():
     assert alone.flags == []
 
 
+@pytest.mark.parametrize("best,flags", [(0.12, ["edge"]), (0.2, []), (0.5, []), (0.7, ["edge"])])
+def test_the_best_of_a_search_is_flagged_near_an_end_of_its_range(best, flags):
+    tried = grid("adamw", {0.1: [2.5], best: [2.0], 0.8: [2.5]})
+    (arm,) = compared(tried, tune=True, lrs={"adamw": [0.1, 0.2, 0.4, 0.8]}, seeds=[0]).arms
+    assert arm.flags == flags
+
+
+def test_an_arm_without_a_seed_in_common_is_told_of():
+    found = compared(runs("adamw", BASE), [run("muon", 7, 1.0)])
+    assert "Not compared, as they have no seed in common with it: muon." in statement(found)
+
+
 def test_a_rate_that_was_asked_for_but_has_not_run_bounds_the_grid():
     done = grid("adamw", {0.1: [2.0], 0.2: [2.2]})
     (arm,) = compared(done, lrs={"adamw": [0.05, 0.1, 0.2]}, seeds=[0]).arms
