@@ -39,6 +39,9 @@ __all__ = [
 BASELINE = "ext_adamw"
 """With which a comparison compares if it names no other arm."""
 
+MOST_RATES = 64
+"""In factors of 2; far beyond what a learning rate can be."""
+
 NOT_OF_AN_ARM = {
     **dict.fromkeys(("name", "output", "seed", "comparison"), "the comparison sets it"),
     **dict.fromkeys(("sources", "tokenizer", "evaluation"), "losses would mean something else"),
@@ -71,6 +74,8 @@ class ComparisonSpec:
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 _refuse(f"comparison.{key}", value, "an integer >= 1")
+        if isinstance(self.lrs, int) and self.lrs > MOST_RATES:
+            _refuse("comparison.lrs", self.lrs, f"an integer from 1 to {MOST_RATES}")
         if isinstance(self.lrs, list):
             finite = all(0 < factor < math.inf for factor in self.lrs)
             if not self.lrs or not finite or len(set(self.lrs)) < len(self.lrs):
@@ -343,6 +348,9 @@ def _rates(arm: str, spec: "JolmoModel", factors: Sequence[float]) -> List[float
         if not isinstance(own, (int, float)) or not 0 < own < math.inf:
             _refuse("optimizer.lr", own, "a finite number > 0")
     rates = [own * factor for factor in factors]
+    if not all(0 < rate < math.inf for rate in rates):
+        allowed = f"factors of {own:g}, the rate of {arm}, that give finite rates > 0"
+        _refuse("comparison.lrs", list(factors), allowed)
     if len({f"{rate:.6g}" for rate in rates}) < len(rates):
         _refuse("comparison.lrs", list(factors), "factors that differ in their first 6 digits")
     return rates

@@ -207,8 +207,8 @@ def _best(rates: Sequence[Rate]) -> Optional[Rate]:
 def _is_near_an_end(best: Rate, grid: Sequence[float]) -> bool:
     """
     Whether the best rate of a search lies within half a step of the grid, or half a factor of 2, of
-    an end of the range in which it searched. Samples crowd around an optimum, so that the last of many near an end need not be
-    the best although a better one lies beyond.
+    an end of the range in which it searched. Samples crowd around an optimum, so that the last of
+    many near an end need not be the best although a better one lies beyond.
     """
     if len(grid) < 2 or best.lr is None:
         return False

@@ -138,6 +138,10 @@ def translate(flags: Flags, spec: JolmoModel, written: Mapping[str, Any]) -> Tra
 
     :raises OLMoConfigurationError: If flags contradict each other, or the optimizer.
     """
+    if flags.alpha is not None and not 0 <= flags.alpha < math.inf:
+        raise OLMoConfigurationError(
+            f"--alpha: {flags.alpha} is not allowed, allowed is a finite number >= 0"
+        )
     values: Dict[str, Any] = {}
     notes: List[str] = []
     if flags.name is not None:
@@ -163,7 +167,7 @@ def translate(flags: Flags, spec: JolmoModel, written: Mapping[str, Any]) -> Tra
             values.update({f"optimizer.{key}": value for key, value in noise.items()})
         elif (optimizer := {**kept, **noise}) != written:
             values["optimizer"] = optimizer
-            notes.append(_describe(written, kept, noise, target))
+            notes.append(_describe(written, kept, noise, overridden, target))
     return Translation([f"{key}={json.dumps(value)}" for key, value in values.items()], notes)
 
 
@@ -299,6 +303,7 @@ def _describe(
     written: Mapping[str, Any],
     kept: Mapping[str, Any],
     noise: Mapping[str, Any],
+    overridden: Mapping[str, Any],
     target: OptimConfig,
 ) -> str:
     def fields(of: Mapping[str, Any]) -> str:
@@ -306,11 +311,12 @@ def _describe(
 
     name, before = kept["name"], written["name"]
     parts = [f"Optimizer {name}" + (f" in place of {before}" if before != name else "")]
-    if stay := fields({key: value for key, value in kept.items() if key not in noise}):
+    said = {**noise, **overridden}  # the command line says the latter
+    if stay := fields({key: value for key, value in kept.items() if key not in said}):
         parts.append(f"{stay} of the config")
     if noise:
         parts.append(fields(noise))
-    if "lr" not in kept:
+    if "lr" not in {**kept, **overridden}:
         rule = getattr(target, "rule_config", target)
         parts.append(f"lr={rule.lr}, its own" if hasattr(rule, "lr") else "its own lr")
     if dropped := fields({key: value for key, value in written.items() if key not in kept}):

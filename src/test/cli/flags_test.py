@@ -35,9 +35,9 @@ def load(folder: Path, flags: Flags, *overrides: str, **changes: Any) -> JolmoMo
     return spec
 
 
-def notes(folder: Path, flags: Flags, **changes: Any) -> List[str]:
+def notes(folder: Path, flags: Flags, *overrides: str, **changes: Any) -> List[str]:
     path = write_spec(folder / "spec.yaml", tiny_spec(folder, **changes))
-    return load_with_flags([str(path)], flags)[1]
+    return load_with_flags([str(path), *overrides], flags)[1]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,14 @@ def test_no_learning_rate_goes_from_one_rule_to_another(name, stays, folder):
     assert "not lr=0.02" in notes(folder, flags, optimizer=MUON)[0]
 
 
+def test_what_an_override_sets_is_not_told_as_the_optimizers_own_or_the_configs(folder):
+    overrides = ("optimizer.lr=0.5", "optimizer.weight_decay=0.3")
+    (told,) = notes(folder, Flags(optimizer="adamw"), *overrides, optimizer=MUON)
+    assert "its own" not in told and "of the config" not in told
+    (told,) = notes(folder, Flags(optimizer="adamw"), optimizer=MUON)
+    assert "lr=0.001, its own" in told and "weight_decay=0.2 of the config" in told
+
+
 def test_the_optimizer_of_the_config_stays_as_it_is(folder):
     for name in ("muon", "ext_muon"):
         assert load(folder, Flags(optimizer=name), optimizer=MUON).optimizer == MUON
@@ -145,7 +153,8 @@ def test_flags_are_written_as_they_are_typed():
         (Flags(optimizer="ademamix", alpha=1.0), [], "--alpha 1.0: .*'ademamix' has no noise"),
         (Flags(nolah=True, anneal=True), [], "--anneal: the optimizer 'muon_nolah' has no noise"),
         (Flags(anneal=True), [], "--anneal: the optimizer 'muon' has no noise"),
-        (Flags(orthonoise=True, alpha=-1.0), [], "alpha.*-1"),
+        (Flags(orthonoise=True, alpha=-1.0), [], "--alpha: -1.0 .*finite number >= 0"),
+        (Flags(orthonoise=True, alpha=math.nan), [], "--alpha: nan .*finite number >= 0"),
         (Flags(optimizer="soap"), ["optimizer.name=kron"], "soap and optimizer.name=kron differ"),
         (Flags(orthonoise=True), ["optimizer={name: muon}"], "optimizer.name=muon differ"),
         (Flags(orthonoise=True, alpha=1.0), ["optimizer.alpha=2"], "optimizer.alpha=2 differ"),
