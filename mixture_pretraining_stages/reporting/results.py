@@ -142,7 +142,8 @@ class Results:
 def load_runs(paths: Sequence[Path]) -> Results:
     """
     The runs in folders of ``olmo-optim pretrain`` and ``olmo-optim compare``. Those that are
-    unfinished, failed or half-written are among them, with what can be read.
+    unfinished, failed or half-written are among them, with what can be read. A run is in it once, also
+    if it is asked for beside the comparison that made it.
 
     :raises OLMoConfigurationError: If a path is neither, or a ``comparison.yaml`` is damaged.
     """
@@ -166,6 +167,8 @@ def load_runs(paths: Sequence[Path]) -> Results:
                 f"{path}: it is neither a run nor a comparison, allowed is a folder that "
                 "olmo-optim pretrain or olmo-optim compare has written"
             )
+    known = {run.folder for run in runs}
+    lone = [run for run in lone if run.folder not in known]
     return Results([*runs, *name_arms(lone, {run.arm for run in runs})], comparisons)
 
 

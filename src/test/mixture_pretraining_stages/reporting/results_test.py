@@ -135,6 +135,9 @@ def test_lone_runs_are_named_by_what_differs(tmp_path):
 def test_the_same_folder_twice_is_one_run(tmp_path):
     folder = write_run(tmp_path / "run")
     assert len(load_runs([folder, folder / ".." / "run"]).runs) == 1
+    root = write_comparison(tmp_path / "c", {"adamw": [0.1]}, [0])
+    of_it = write_trial(root, "adamw", 0.1, 0)
+    assert [run.arm for run in load_runs([of_it, root]).runs] == ["adamw"]
 
 
 def test_a_comparison_is_what_its_trials_say(tmp_path):
