@@ -65,6 +65,11 @@ def begin(
         checkpoints.check_weights_fit(folder, module)
         load_model_and_optim_state(folder, module.model)
         return said
+    if not checkpoints.has_optimizer_state(folder):
+        raise OLMoConfigurationError(
+            f"warm_start.optimizer_state: True is not allowed with {folder}, which has no "
+            "state of an optimizer; allowed is false"
+        )
     source = spec.warm_start_optimizer_config()
     return said + _load(trainer, spec, plan, folder, source, vocab_size)
 
