@@ -225,6 +225,8 @@ def test_ademamix_takes_adams_moments_and_adan_the_first(adamw_checkpoint):
         decisions = carry_over(after, *left_by(config("ext_adamw")), str(adamw_checkpoint))
         over = {d.state for d in decisions if d.source and d.parameter == MATRIX}
         assert over == keys
+        (step,) = (d for d in decisions if (d.parameter, d.state) == (MATRIX, "step"))
+        assert step.source is None and "not all of that goes over" in step.why  # AdamW has one
 
 
 @pytest.mark.parametrize("name", list_optimizers())
