@@ -90,19 +90,19 @@ def _load(
 ) -> List[str]:
     """Load weights, and of the optimizer's state what means the same in the stage's."""
     module = _module(trainer)
-    ours = spec.optimizer_config(plan.spec)
+    optim, ours = module.optim, spec.optimizer_config(plan.spec)
+    assert optim is not None
     model = spec.model_config(vocab_size).build(init_device="meta")
     if same_kind(source, ours) and (source == ours or checkpoints.misfit(folder, module) is None):
         checkpoints.check_fits(folder, module)
         load_model_and_optim_state(
             folder,
-            *(module.model, module.optim),
+            *(module.model, optim),
             flatten_optimizer_state=True,  # as the trainer saves it
         )
-        if module.optim is not None and not isinstance(module.optim, ExtOptimizer):
-            _give_options(module.optim, ours, model)
+        if not isinstance(optim, ExtOptimizer):
+            _give_options(optim, ours, model)
         return []
-    optim = module.optim
     if not isinstance(optim, ExtOptimizer):
         raise OLMoConfigurationError(
             f"stages.{plan.index}.optimizer: state of another optimizer cannot go over to "
