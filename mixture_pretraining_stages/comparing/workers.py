@@ -90,6 +90,7 @@ class Crew:
             served: List["Future[None]"] = []
             try:
                 self.queue.refresh()
+                show()  # what had ended before
                 served += [pool.submit(self._serve, place) for place in self.places]
                 while not all(each.done() for each in served):
                     if any(each.done() and each.exception() for each in served):

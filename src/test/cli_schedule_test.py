@@ -10,6 +10,7 @@ import pytest
 from olmo_core.optim import Scheduler
 
 from olmo_optim_ext import cli
+from olmo_optim_ext.cli.app import console
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
@@ -18,7 +19,7 @@ from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 def call(monkeypatch, capsys):
     def run(*arguments: str) -> Tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["olmo-optim", "schedule", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(console, "_width", 200)  # whatever COLUMNS was at the import
         code = cli.main()
         captured = capsys.readouterr()
         return code, captured.out, captured.err

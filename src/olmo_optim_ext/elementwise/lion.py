@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
-from ..engine.moments import average, beta_of
+from ..engine.moments import Beta, Moment
 
 __all__ = ["Lion", "LionConfig"]
 
@@ -44,7 +44,7 @@ class Lion(ElementwiseOptimizer):
         ("exp_avg",),
         lion_scalars,
         lion,
-        moments=(average("exp_avg", 1, beta_of("betas", 1), corrected=False),),
+        moments=(Moment("exp_avg", 1, Beta("betas", 1), corrected=False),),
     )
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Sequence, Tuple
 import torch
 
 from ..engine.elementwise import ElementwiseRule, Scalar, WholeSums
-from ..engine.moments import Moment, number
+from ..engine.moments import Beta, Moment
 from ..linalg.norms import EPS, ScionNorm
 from .moments import MOMENTUM
 
@@ -61,11 +61,7 @@ def rms_update(
     return (size * scale) * momentum, momentum
 
 
-LMO_MOMENTS = (
-    Moment(
-        "momentum", 1, lambda group: 1.0 - group["momentum"], number("momentum"), corrected=False
-    ),
-)
+LMO_MOMENTS = (Moment("momentum", 1, Beta("momentum", new=True), corrected=False),)
 
 LMO_RULES: Dict[str, ElementwiseRule] = {
     str(ScionNorm.sign): ElementwiseRule(MOMENTUM, sign_scalars, sign_update, moments=LMO_MOMENTS),

@@ -15,7 +15,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
 from ..engine.hyperparameters import to_flag
-from ..engine.moments import average, number
+from ..engine.moments import Beta, Moment
 
 __all__ = ["RMSprop", "RMSpropConfig"]
 
@@ -92,8 +92,8 @@ def rmsprop_centered_momentum(
 
 _V, _M, _U = "exp_avg_sq", "exp_avg", "momentum"
 _MOMENTS = (
-    average(_V, 2, number("beta2"), corrected=False),
-    average(_M, 1, number("beta2"), corrected=False),
+    Moment(_V, 2, Beta("beta2"), corrected=False),
+    Moment(_M, 1, Beta("beta2"), corrected=False),
 )
 _RULES: Dict[Tuple[bool, bool], ElementwiseRule] = {
     (False, False): ElementwiseRule((_V,), rmsprop_scalars, rmsprop, moments=_MOMENTS[:1]),

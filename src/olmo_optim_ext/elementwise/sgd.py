@@ -14,8 +14,7 @@ from typing_extensions import Unpack
 from ..config import ExtOptimConfig
 from ..engine.base import DECOUPLED, EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar
-from ..engine.moments import heavy_ball as heavy_ball_moment
-from ..engine.moments import number
+from ..engine.moments import Beta, Moment
 from .moments import MOMENTUM, heavy_ball, heavy_ball_scalars
 
 __all__ = ["SGD", "SGDConfig"]
@@ -49,11 +48,7 @@ class SGD(ElementwiseOptimizer):
         MOMENTUM,
         sgd_scalars,
         sgd,
-        moments=(
-            heavy_ball_moment(
-                "momentum", number("momentum"), lambda group: 1.0 - group["dampening"]
-            ),
-        ),
+        moments=(Moment("momentum", 1, Beta("momentum"), corrected=False, heavy_ball=True),),
     )
 
     def __init__(

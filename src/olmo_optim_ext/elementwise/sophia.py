@@ -18,7 +18,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import STEP, EngineOptions
 from ..engine.elementwise import ElementwiseRule, Scalar
 from ..engine.hyperparameters import POSITIVE, check_hyperparameters, to_choice
-from ..engine.moments import average, beta_of
+from ..engine.moments import Beta, Moment
 from ..engine.placement import sum_over_shards
 from .hessian import HESSIAN, HESSIAN_STEP, HessianOptimizer
 
@@ -87,7 +87,7 @@ class Sophia(HessianOptimizer):
         ("exp_avg", HESSIAN),
         sophia_scalars,
         sophia,
-        moments=(average("exp_avg", 1, beta_of("betas", 0), corrected=False),),
+        moments=(Moment("exp_avg", 1, Beta("betas", 0), corrected=False),),
     )
     how_to_estimate = (
         'OLMo-core\'s trainer gives them with trainer_config.add_callback("sophia", '

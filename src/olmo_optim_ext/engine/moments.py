@@ -4,12 +4,24 @@ which another optimizer can continue.
 """
 
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Tuple
+from typing import Any, Mapping, Optional, Tuple
 
-__all__ = ["ADAM_MOMENTS", "Moment", "average", "beta_of", "heavy_ball", "number"]
+__all__ = ["ADAM_MOMENTS", "Beta", "Moment"]
 
-NumberOf = Callable[[Mapping[str, Any]], float]
-"""From the hyperparameters of a group."""
+
+@dataclass(frozen=True)
+class Beta:
+    """How much of an average stays in an update, among the hyperparameters of a group."""
+
+    key: str
+    index: Optional[int] = None
+    """Its place, where the group has several under the key."""
+    new: bool = False
+    """Whether the group has what is new in the average instead, as Scion does."""
+
+    def __call__(self, group: Mapping[str, Any]) -> float:
+        value = float(group[self.key] if self.index is None else group[self.key][self.index])
+        return 1 - value if self.new else value
 
 
 @dataclass(frozen=True)
@@ -25,14 +37,14 @@ class Moment:
     power: int
     """1 for gradients, 2 for their squares."""
 
-    beta: NumberOf
+    beta: Beta
     """``b``."""
-
-    weight: NumberOf
-    """``w``: ``1 - b`` of an average, 1 of heavy-ball momentum."""
 
     corrected: bool = True
     """Whether the rule divides by ``1 - b^t``."""
+
+    heavy_ball: bool = False
+    """Whether ``w`` is 1 less the group's ``dampening``, if it has one, and not ``1 - b``."""
 
     @property
     def meaning(self) -> str:
@@ -40,31 +52,13 @@ class Moment:
 
     def gain(self, group: Mapping[str, Any]) -> float:
         """``w / (1 - b)``: the state over the mean, after many updates."""
-        return self.weight(group) / (1 - self.beta(group))
-
-
-def beta_of(key: str, index: int) -> NumberOf:
-    """Of rules with several: ``group[key][index]``."""
-    return lambda group: float(group[key][index])
-
-
-def average(key: str, power: int, beta: NumberOf, corrected: bool = True) -> Moment:
-    """``x <- b x + (1 - b) g^power``."""
-    return Moment(key, power, beta, lambda group: 1 - beta(group), corrected)
-
-
-def number(key: str) -> NumberOf:
-    """``group[key]``."""
-    return lambda group: float(group[key])
-
-
-def heavy_ball(key: str, beta: NumberOf, weight: NumberOf = lambda group: 1.0) -> Moment:
-    """``x <- b x + w g``."""
-    return Moment(key, 1, beta, weight, corrected=False)
+        if not self.heavy_ball:
+            return 1.0
+        return (1 - float(group.get("dampening", 0.0))) / (1 - self.beta(group))
 
 
 ADAM_MOMENTS: Tuple[Moment, ...] = (
-    average("exp_avg", 1, beta_of("betas", 0)),
-    average("exp_avg_sq", 2, beta_of("betas", 1)),
+    Moment("exp_avg", 1, Beta("betas", 0)),
+    Moment("exp_avg_sq", 2, Beta("betas", 1)),
 )
 """``m`` and ``v`` of Adam and its relatives."""

@@ -19,7 +19,7 @@ from ..engine.elementwise import bias_correction
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.layout import MatrixLayout
 from ..engine.matrix import Owned
-from ..engine.moments import average, number
+from ..engine.moments import Beta, Moment
 from ..engine.random import generator, stream
 from ..engine.roles import ParamRole, Role
 from ..linalg.kronecker import balanced, fit_by_division, fit_by_products, precondition
@@ -172,7 +172,7 @@ class Kron(PreconditionedOptimizer):
     """
 
     algorithm = "kron"
-    matrix_moments = (average(MOMENTUM, 1, number("momentum")),)
+    matrix_moments = (Moment(MOMENTUM, 1, Beta("momentum")),)
 
     def __init__(
         self,

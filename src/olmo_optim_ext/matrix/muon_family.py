@@ -23,7 +23,7 @@ from typing_extensions import Unpack
 
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.matrix import Owned
-from ..engine.moments import Moment, average, number
+from ..engine.moments import Beta, Moment
 from ..linalg.polar import PolarForm, PolarMethod
 from .base import AdamWOptions, MatrixAndAdamW, MatrixAndAdamWConfig
 from .orthogonal import Orthogonalizer, PolarConfig
@@ -82,7 +82,7 @@ class MuonFamily(MatrixAndAdamW):
 
     matrix_buffers = ("momentum",)
     matrix_moments: ClassVar[Tuple[Moment, ...]] = (
-        average("momentum", 1, number("momentum"), corrected=False),
+        Moment("momentum", 1, Beta("momentum"), corrected=False),
     )
 
     def __init__(

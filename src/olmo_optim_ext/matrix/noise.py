@@ -24,7 +24,7 @@ from typing_extensions import Unpack
 from ..engine.base import CALLS
 from ..engine.hyperparameters import to_choice, to_flag
 from ..engine.matrix import Owned
-from ..engine.moments import heavy_ball, number
+from ..engine.moments import Beta, Moment
 from ..engine.random import generator, random_signs
 from ..linalg.spectrum import effective_rank_of, lanczos
 from .muon_family import MuonFamily, MuonFamilyConfig, MuonOptions
@@ -99,7 +99,7 @@ class NoisyMuon(MuonFamily):
     :param own: Hyperparameters of groups that only the variant has.
     """
 
-    matrix_moments = (heavy_ball("momentum", number("momentum")),)
+    matrix_moments = (Moment("momentum", 1, Beta("momentum"), corrected=False, heavy_ball=True),)
     measures = True
     host_factors = (SPECTRUM,)
     nullable = frozenset({"rank_threshold"})

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 from ..engine.elementwise import bias_correction
 from ..engine.hyperparameters import to_flag
 from ..engine.matrix import Owned
-from ..engine.moments import average, beta_of
+from ..engine.moments import Beta, Moment
 from ..linalg.eigenbasis import eigenbasis, gram_average, power_step
 from ..linalg.precision import full_precision
 from .base import AdamWOptions
@@ -126,7 +126,7 @@ class Soap(PreconditionedOptimizer):
 
     algorithm = "soap"
     # In the basis, but as long as none is found that is the identity.
-    matrix_moments = (average(EXP_AVG, 1, beta_of("betas", 0)),)
+    matrix_moments = (Moment(EXP_AVG, 1, Beta("betas", 0)),)
     host_factors = (UPDATES,)
     nullable = frozenset({"shampoo_beta"})
 

@@ -14,12 +14,12 @@ from olmo_core.optim import Lion, SkipStepAdamW, SkipStepLion
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..engine.base import DECOUPLED, STEP, ExtOptimizer
-from ..engine.moments import ADAM_MOMENTS, Moment, average, beta_of
+from ..engine.moments import ADAM_MOMENTS, Beta, Moment
 from ..engine.roles import named_trainable_parameters
 
 __all__ = ["Decision", "carry_over"]
 
-LION_MOMENTS = (average("exp_avg", 1, beta_of("betas", 1), corrected=False),)
+LION_MOMENTS = (Moment("exp_avg", 1, Beta("betas", 1), corrected=False),)
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,8 @@ def test_a_report_says_what_its_norm_has():
     report = optim.take_report()
     assert set(report) == {*MATRICES, "embeddings.weight"}
     spectral, column = report["tall.weight"], report["embeddings.weight"]
-    assert set(spectral) == {"spectrum", "orthogonality error", "update RMS"}
+    expected = {"spectrum", "orthogonality error", "update RMS", "failed orthogonalisations"}
+    assert set(spectral) == expected
     assert set(column) == {"update RMS"}
     # All columns of a one-hot map have the same RMS over its outputs: that of the radius.
     assert float(column["update RMS"]) == pytest.approx(50.0, rel=1e-5)
