@@ -21,7 +21,7 @@ from ..engine.elementwise import (
     first_or,
 )
 from ..engine.hyperparameters import THREE_BETAS
-from ..engine.moments import average, beta_of
+from ..engine.moments import Beta, Moment
 
 __all__ = ["Adan", "AdanConfig"]
 
@@ -88,7 +88,7 @@ class Adan(ElementwiseOptimizer):
         adan_scalars,
         adan,
         decay=adan_decay,
-        moments=(average("exp_avg", 1, beta_of("betas", 0)),),
+        moments=(Moment("exp_avg", 1, Beta("betas", 0)),),
     )
     allowed = {"betas": THREE_BETAS}
 
