@@ -22,6 +22,7 @@ __all__ = [
     "Saved",
     "check_fits",
     "check_weights_fit",
+    "has_optimizer_state",
     "latest",
     "misfit",
     "remove_half_written",
@@ -53,6 +54,12 @@ def remove_half_written(folder: Path) -> None:
                 log.warning(f"Removing '{path}', which a killed save has left behind")
                 shutil.rmtree(path)
     barrier()
+
+
+def has_optimizer_state(folder: str) -> bool:
+    """Whether a ``model_and_optim`` has state of an optimizer, and not a model alone."""
+    keys = get_checkpoint_metadata(folder).state_dict_metadata
+    return any(key.startswith("optim.state.") for key in keys)
 
 
 def weights_of(path: str) -> str:
@@ -94,8 +101,7 @@ def misfit(
     path: str, train_module: TransformerTrainModule, parts: Sequence[str] = ("model", "optim")
 ) -> Optional[str]:
     """What a checkpoint lacks, has besides, or has in another shape, in words."""
-    folder = path if path.endswith("model_and_optim") else f"{path}/model_and_optim"
-    metadata = get_checkpoint_metadata(folder).state_dict_metadata
+    metadata = get_checkpoint_metadata(weights_of(path)).state_dict_metadata
     state = train_module.state_dict_to_save(optim="optim" in parts)
     for what in parts:
         expected = state[what]

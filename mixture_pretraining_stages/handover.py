@@ -20,6 +20,8 @@ from olmo_core.train.train_module import TransformerTrainModule
 
 from olmo_optim_ext.engine.base import ExtOptimizer
 from olmo_optim_ext.training import Decision, carry_over
+from olmo_optim_ext.training.passes import forget_whole_parameters
+from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
 from .plans import StagePlan, same_kind
@@ -63,6 +65,11 @@ def begin(
         checkpoints.check_weights_fit(folder, module)
         load_model_and_optim_state(folder, module.model)
         return said
+    if not checkpoints.has_optimizer_state(folder):
+        raise OLMoConfigurationError(
+            f"warm_start.optimizer_state: True is not allowed with {folder}, which has no "
+            "state of an optimizer; allowed is false"
+        )
     source = spec.warm_start_optimizer_config()
     return said + _load(trainer, spec, plan, folder, source, vocab_size)
 
@@ -101,15 +108,34 @@ def _load(
             f"stages.{plan.index}.optimizer: state of another optimizer cannot go over to "
             f"{type(optim).__name__}, allowed are those of `olmo-optim list`"
         )
-    checkpoints.check_weights_fit(folder, module)
-    load_model_and_optim_state(folder, module.model)
+    said = []
+    if isinstance(source, ScheduleFreeConfig):
+        _load_average(module, source, folder)
+        said = [f"{plan.spec.name}: begins with the averaged weights of schedule_free"]
+    else:
+        checkpoints.check_weights_fit(folder, module)
+        load_model_and_optim_state(folder, module.model)
     decisions = carry_over(optim, source.build(model), model, folder)
     if get_rank() == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         draft = plan.folder / f"{CARRIED}.tmp"
         draft.write_text(json.dumps([asdict(d) for d in decisions], indent=1) + "\n")
         draft.replace(plan.folder / CARRIED)
-    return _in_words(plan, decisions)
+    return said + _in_words(plan, decisions)
+
+
+def _load_average(module: TransformerTrainModule, source: ScheduleFreeConfig, folder: str) -> None:
+    """Load the weights to keep of ``schedule_free``, which were evaluated, not those it trains."""
+    ours, before = module.optim, source.build(module.model)
+    assert isinstance(before, ScheduleFree)
+    module.optim = before
+    try:
+        checkpoints.check_fits(folder, module)
+        load_model_and_optim_state(folder, module.model, before, flatten_optimizer_state=True)
+    finally:
+        module.optim = ours
+    forget_whole_parameters(module.model)
+    before.swap_to_average()  # for good: it goes no further
 
 
 def _give_options(optim: torch.optim.Optimizer, config: OptimConfig, model: nn.Module) -> None:

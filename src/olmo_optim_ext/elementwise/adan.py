@@ -21,6 +21,7 @@ from ..engine.elementwise import (
     first_or,
 )
 from ..engine.hyperparameters import THREE_BETAS
+from ..engine.moments import Beta, Moment
 
 __all__ = ["Adan", "AdanConfig"]
 
@@ -81,7 +82,14 @@ class Adan(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(BUFFERS, adan_scalars, adan, decay=adan_decay)
+    # The second moment is not of gradients alone.
+    rule = ElementwiseRule(
+        BUFFERS,
+        adan_scalars,
+        adan,
+        decay=adan_decay,
+        moments=(Moment("exp_avg", 1, Beta("betas", 0)),),
+    )
     allowed = {"betas": THREE_BETAS}
 
     def __init__(

@@ -15,6 +15,7 @@ from ..config import ExtOptimConfig
 from ..engine.base import EngineOptions
 from ..engine.elementwise import ElementwiseOptimizer, ElementwiseRule, Scalar, bias_correction
 from ..engine.hyperparameters import NON_NEGATIVE, THREE_BETAS
+from ..engine.moments import ADAM_MOMENTS
 from .moments import adam_moments
 
 __all__ = ["AdEMAMix", "AdEMAMixConfig"]
@@ -89,7 +90,7 @@ class AdEMAMix(ElementwiseOptimizer):
     :raises OLMoConfigurationError: If a value is out of its range.
     """
 
-    rule = ElementwiseRule(BUFFERS, ademamix_scalars, ademamix)
+    rule = ElementwiseRule(BUFFERS, ademamix_scalars, ademamix, moments=ADAM_MOMENTS)
     allowed = {
         "betas": THREE_BETAS,
         "alpha": NON_NEGATIVE,

@@ -188,15 +188,10 @@ def _carry(
         state[STEP].fill_(updates)
         decisions.append(Decision(name, STEP, STEP, f"{updates:.0f} updates"))
     fresh = own - known if keeps_clock or not own else {*(own - known), STEP}
-    means = {moment.key: moment.meaning for moment in optim.moments(group)}
+    reasons = {m.key: f"{before} has left no {m.meaning} of it" for m in optim.moments(group)}
+    reasons[STEP] = "it counts for all that the rule keeps, and not all of that goes over"
     decisions += [
-        Decision(
-            name,
-            key,
-            None,
-            f"{before} has left no {means[key]} of it" if key in means else f"{before} has none",
-        )
-        for key in sorted(fresh)
+        Decision(name, key, None, reasons.get(key, f"{before} has none")) for key in sorted(fresh)
     ]
     return decisions
 

@@ -14,7 +14,11 @@ from typing import Any, Dict, List
 
 import pytest
 import torch
-from olmo_core.distributed.checkpoint import load_keys, unshard_checkpoint
+from olmo_core.distributed.checkpoint import (
+    load_keys,
+    save_model_and_optim_state,
+    unshard_checkpoint,
+)
 from omegaconf import OmegaConf
 
 from mixture_pretraining_stages import checkpoints
@@ -394,6 +398,19 @@ def test_a_run_begins_with_the_weights_of_another(kind, uninterrupted, tmp_path)
     # Muon has made 18 updates, and AdamW 8, where it did not go on with what Muon left to AdamW.
     expected = {"weights": {2}, "the same optimizer": {20}, "another optimizer": {10, 28}}[kind]
     assert set(steps.values()) == expected
+
+
+def test_a_run_begins_with_a_folder_of_weights_alone(tmp_path):
+    stages = [{"name": "one", "tokens": 256, "mixture": {"first": 1}, "lr_scale": 0.0}]
+    start = {"path": str(tmp_path / "weights")}
+    spec = tiny_spec(tmp_path, stages=stages, scheduler=None, warm_start=start)
+    config = load_spec(write_spec(tmp_path / "spec.yaml", spec)).model_config(256 + 1)
+    model = config.build(init_device="cpu")
+    save_model_and_optim_state(tmp_path / "weights", model)
+    assert not checkpoints.has_optimizer_state(str(tmp_path / "weights"))
+    assert run(spec) == [FINISHED]
+    ended = final_state(tmp_path / "run", tmp_path)
+    assert all(torch.equal(ended[f".{key}"], value) for key, value in model.state_dict().items())
 
 
 def test_options_of_olmo_cores_optimizer_are_the_stages_and_not_the_checkpoints(tmp_path):

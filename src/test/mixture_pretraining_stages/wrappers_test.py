@@ -61,6 +61,17 @@ def test_the_average_is_evaluated_and_kept_and_no_kill_changes_it(tmp_path):
     assert evaluated == [4, 8, 12, 16, 18]
 
 
+def test_another_optimizer_begins_with_the_average_that_was_evaluated(tmp_path):
+    # At a learning rate of 0, so that its weights stay those that it began with.
+    after = {**SAME_RATE[1], "tokens": 512, "optimizer": {"name": "adamw"}, "lr_scale": 0.0}
+    spec = tiny_spec(tmp_path, **{**FREE, "stages": [SAME_RATE[0], after]})
+    assert run(spec) == [FINISHED]
+    key = "eval/validation/first/CE loss"
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    evaluated = {row["step"]: row[key] for row in rows if key in row}
+    assert evaluated[14] == pytest.approx(evaluated[12], rel=1e-6)
+
+
 def test_sam_gets_its_second_pass_and_reports_are_those_of_the_optimizer_inside(tmp_path):
     spec = tiny_spec(
         tmp_path,

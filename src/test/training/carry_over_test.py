@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from olmo_optim_ext import get_config_class, list_optimizers
+from olmo_optim_ext.engine.base import DECOUPLED
 from olmo_optim_ext.training import Decision, carry_over
 
 from ..ranks import run_on_ranks
@@ -199,8 +200,37 @@ def test_olmo_cores_adamw_goes_on_as_ours(tmp_path):
             assert torch.equal(new[name][key], before.state[param][key].to(new[name][key])), key
 
 
+@pytest.mark.parametrize("name", [n for n in list_optimizers() if n not in ("sam", "sophia")])
+def test_state_that_a_rule_declares_a_mean_is_one(name):
+    model, optim = build(config(name))
+    gradients = {p: 0.01 * torch.randn_like(p) for p in model.parameters()}
+    for _ in range(STEPS):
+        for param, grad in gradients.items():
+            param.grad = grad.clone()
+        optim.step()
+    for group in optim.param_groups:
+        l2 = not group.get(DECOUPLED, True) and group["weight_decay"] != 0
+        for moment in () if l2 else optim.moments(group):
+            share = moment.gain(group) * (1 - moment.beta(group) ** STEPS)
+            for param in group["params"]:
+                state = optim.state[param][moment.key]
+                if state.shape == param.shape:  # else of another layout, or in a basis
+                    expected = share * gradients[param] ** moment.power
+                    torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_ademamix_takes_adams_moments_and_adan_the_first(adamw_checkpoint):
+    for name, keys in (("ademamix", {"exp_avg", "exp_avg_sq"}), ("adan", {"exp_avg"})):
+        after = build(config(name))[1]
+        decisions = carry_over(after, *left_by(config("ext_adamw")), str(adamw_checkpoint))
+        over = {d.state for d in decisions if d.source and d.parameter == MATRIX}
+        assert over == keys
+        (step,) = (d for d in decisions if (d.parameter, d.state) == (MATRIX, "step"))
+        assert step.source is None and "not all of that goes over" in step.why  # AdamW has one
+
+
 @pytest.mark.parametrize("name", list_optimizers())
-def test_every_optimizer_takes_adamws_state_and_steps(name, adamw_checkpoint):
+def test_every_optimizer_takes_adamws_state(name, adamw_checkpoint):
     model, after = build(config(name))
     decisions = carry_over(after, *left_by(config("ext_adamw")), str(adamw_checkpoint))
     states = {(d.parameter, d.state) for d in decisions}
