@@ -142,8 +142,8 @@ class Results:
 def load_runs(paths: Sequence[Path]) -> Results:
     """
     The runs in folders of ``olmo-optim pretrain`` and ``olmo-optim compare``. Those that are
-    unfinished, failed or half-written are among them, with what can be read. A run is in it once, also
-    if it is asked for beside the comparison that made it.
+    unfinished, failed or half-written are among them, with what can be read. A run is in it once,
+    also if it is asked for beside the comparison that made it.
 
     :raises OLMoConfigurationError: If a path is neither, or a ``comparison.yaml`` is damaged.
     """
