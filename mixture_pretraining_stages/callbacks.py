@@ -3,7 +3,6 @@ Callbacks for OLMo-core's trainer: what a run shows and writes, and when it save
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Dict, List, Optional
@@ -15,6 +14,7 @@ from olmo_core.train.callbacks import Callback, CheckpointerCallback, ConsoleLog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .drafts import write_whole
 from .evaluation import EVALUATOR
 from .plans import StagePlan
 
@@ -131,9 +131,7 @@ def read_metrics(path: Path) -> List[Dict[str, Any]]:
 def keep_metrics(path: Path, last_step: int) -> None:
     """Drop the metrics of steps after ``last_step``, which will run again."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @dataclass

@@ -2,14 +2,14 @@
 What a spec may be: everything that can be told before anything runs.
 """
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import INITIAL_LR_FIELD
 
 from olmo_optim_ext.catalog import closest, list_optimizers, optimizer_info
-from olmo_optim_ext.config import ExtOptimConfig
+from olmo_optim_ext.config import ExtOptimConfig, learning_rate
 from olmo_optim_ext.schedulers import (
     WithMomentum,
     cycles_momentum,
@@ -19,18 +19,14 @@ from olmo_optim_ext.schedulers import (
 from olmo_optim_ext.training import HyperparameterSchedule, check_never_decays, check_schedule
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFreeConfig
 
+from .decoding import require
 from .plans import plan_stages, run_span, same_kind
 from .spec_parts import DataParallelism, ShareSpec, StageSizes, StageSpec, WarmStartSpec
 
 if TYPE_CHECKING:
     from .training import JolmoModel
 
-__all__ = ["check", "check_schedules_of", "require"]
-
-
-def require(holds: bool, key: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise OLMoConfigurationError(f"{key}: {value!r} is not allowed, allowed is {allowed}")
+__all__ = ["check", "check_schedules_of"]
 
 
 def check(spec: "JolmoModel", world_size: int = 1) -> None:
@@ -125,7 +121,7 @@ def _check_averages(spec: "JolmoModel") -> None:
         if not isinstance(config, ScheduleFreeConfig):
             before = None
             continue
-        scheduler, lr = plan.scheduler(spec, plans), config.hyperparameters()["lr"]
+        scheduler, lr = plan.scheduler(spec, plans), learning_rate(config)
         units = scheduler.units
         (first, last), t_max = plan.span.within(units), plans[-1].span.within(units)[1]
         where = spec.where(plan.spec, "scheduler")

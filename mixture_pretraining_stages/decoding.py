@@ -18,7 +18,14 @@ from olmo_core.exceptions import OLMoConfigurationError
 
 from olmo_optim_ext.catalog import closest
 
-__all__ = ["decode", "decode_fields", "decode_registered", "to_plain"]
+__all__ = [
+    "decode",
+    "decode_fields",
+    "decode_registered",
+    "refuse",
+    "require",
+    "to_plain",
+]
 
 T = TypeVar("T")
 
@@ -38,12 +45,12 @@ def decode(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _decode_union(args, value, where)
     if hint is None or hint is type(None):
-        return value if value is None else _refuse(where, value, "null")
+        return value if value is None else refuse(where, value, "null")
     if origin in (list, tuple):
         return _decode_sequence(origin, args, value, where)
     if origin is dict:
         if not isinstance(value, Mapping):
-            _refuse(where, value, "a mapping")
+            refuse(where, value, "a mapping")
         return {
             decode(args[0], k, f"{where} key"): decode(args[1], v, f"{where}.{k}")
             for k, v in value.items()
@@ -52,7 +59,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if not isinstance(value, Mapping):
-            _refuse(where, value, "a mapping")
+            refuse(where, value, "a mapping")
         if isinstance(hint, type) and issubclass(hint, Registrable) and "type" in value:
             return decode_registered(hint, value, where)
         return decode_fields(hint, value, where)  # type: ignore[arg-type]
@@ -60,7 +67,7 @@ def decode(hint: Any, value: Any, where: str) -> Any:
         try:
             return hint(value)
         except ValueError:
-            _refuse(where, value, closest(value, [str(choice.value) for choice in hint]))
+            refuse(where, value, closest(value, [str(choice.value) for choice in hint]))
     return _decode_scalar(hint, value, where)
 
 
@@ -101,7 +108,7 @@ def decode_registered(base: Type[Registrable], value: Mapping[str, Any], where: 
     fields = dict(value)
     kind, known = fields.pop("type", None), base.get_registered_names()
     if kind not in known:
-        _refuse(f"{where}.type", kind, closest(str(kind), known))
+        refuse(f"{where}.type", kind, closest(str(kind), known))
     return decode_fields(base.get_registered_class(kind), fields, where)
 
 
@@ -116,14 +123,14 @@ def _decode_union(args: Any, value: Any, where: str) -> Any:
     real = [error for arg, error in errors if arg is not type(None)]
     if len(real) == 1:
         raise real[0]
-    _refuse(where, value, " or ".join(_describe(arg) for arg in args))
+    refuse(where, value, " or ".join(_describe(arg) for arg in args))
 
 
 def _decode_sequence(origin: Any, args: Any, value: Any, where: str) -> Any:
     if not isinstance(value, (list, tuple)):
-        _refuse(where, value, "a list")
+        refuse(where, value, "a list")
     if origin is tuple and Ellipsis not in args and len(args) != len(value):
-        _refuse(where, value, f"a list of {len(args)}")
+        refuse(where, value, f"a list of {len(args)}")
     hints = args if origin is tuple and Ellipsis not in args else [args[0]] * len(value)
     return origin(decode(h, v, f"{where}.{i}") for i, (h, v) in enumerate(zip(hints, value)))
 
@@ -136,7 +143,7 @@ def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
             return int(value)
     elif isinstance(hint, type) and isinstance(value, hint) and hint is not float:
         return value
-    _refuse(where, value, _describe(hint))
+    refuse(where, value, _describe(hint))
 
 
 def _describe(hint: Any) -> str:
@@ -148,7 +155,18 @@ def _describe(hint: Any) -> str:
     return "a mapping" if dataclasses.is_dataclass(hint) else str(getattr(hint, "__name__", hint))
 
 
-def _refuse(where: str, value: Any, allowed: str) -> typing.NoReturn:
+def require(holds: bool, where: str, value: Any, allowed: str) -> None:
+    """
+    :raises OLMoConfigurationError: Unless it holds; names the key, the value and what is allowed.
+    """
+    if not holds:
+        refuse(where, value, allowed)
+
+
+def refuse(where: str, value: Any, allowed: str) -> typing.NoReturn:
+    """
+    :raises OLMoConfigurationError: Names the key, the value and what is allowed.
+    """
     raise OLMoConfigurationError(f"{where}: {value!r} is not allowed, allowed is {allowed}")
 
 

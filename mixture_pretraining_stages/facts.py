@@ -3,7 +3,6 @@ What a run was made with and what it needs: ``run.json`` in its folder.
 """
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -18,6 +17,8 @@ import torch.distributed as dist
 from olmo_core.distributed.utils import get_local_tensor, get_rank, get_world_size, is_distributed
 from olmo_core.train.callbacks import Callback
 from olmo_core.train.train_module import TransformerTrainModule
+
+from .drafts import write_whole
 
 __all__ = ["RunFacts", "read_facts", "state_bytes"]
 
@@ -73,9 +74,7 @@ class RunFacts(Callback):
             "command": shlex.join(sys.argv),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        write_whole(self.path, json.dumps(facts, indent=2) + "\n")
 
 
 def read_facts(path: Path) -> Dict[str, Any]:

@@ -2,7 +2,6 @@
 The output folder of a run: whose it is, and which config it has.
 """
 
-import os
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -14,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from . import checkpoints
+from .drafts import write_whole
 from .plans import StagePlan
 from .training import JolmoModel
 
@@ -91,7 +91,5 @@ def _compare_config(spec: JolmoModel, plans: Sequence[StagePlan]) -> None:
 def write_config(spec: JolmoModel) -> None:
     """Write the resolved spec. All ranks call it."""
     if get_rank() == 0:
-        output = Path(spec.output)
-        draft = output / "config.tmp"
-        OmegaConf.save(OmegaConf.create(spec.as_plain()), draft)
-        os.replace(draft, output / "config.yaml")
+        text = OmegaConf.to_yaml(OmegaConf.create(spec.as_plain()))
+        write_whole(Path(spec.output) / "config.yaml", text)

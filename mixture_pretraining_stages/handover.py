@@ -24,6 +24,7 @@ from olmo_optim_ext.training.passes import forget_whole_parameters
 from olmo_optim_ext.wrappers.schedule_free import ScheduleFree, ScheduleFreeConfig
 
 from . import checkpoints
+from .drafts import write_whole
 from .plans import StagePlan, same_kind
 from .training import JolmoModel
 
@@ -92,7 +93,6 @@ def _load(
     module = _module(trainer)
     optim, ours = module.optim, spec.optimizer_config(plan.spec)
     assert optim is not None
-    model = spec.model_config(vocab_size).build(init_device="meta")
     if same_kind(source, ours) and (source == ours or checkpoints.misfit(folder, module) is None):
         checkpoints.check_fits(folder, module)
         load_model_and_optim_state(
@@ -101,7 +101,7 @@ def _load(
             flatten_optimizer_state=True,  # as the trainer saves it
         )
         if not isinstance(optim, ExtOptimizer):
-            _give_options(optim, ours, model)
+            _give_options(optim, ours, _on_meta(spec, vocab_size))
         return []
     if not isinstance(optim, ExtOptimizer):
         raise OLMoConfigurationError(
@@ -115,12 +115,12 @@ def _load(
     else:
         checkpoints.check_weights_fit(folder, module)
         load_model_and_optim_state(folder, module.model)
+    model = _on_meta(spec, vocab_size)
     decisions = carry_over(optim, source.build(model), model, folder)
     if get_rank() == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        draft = plan.folder / f"{CARRIED}.tmp"
-        draft.write_text(json.dumps([asdict(d) for d in decisions], indent=1) + "\n")
-        draft.replace(plan.folder / CARRIED)
+        text = json.dumps([asdict(decision) for decision in decisions], indent=1)
+        write_whole(plan.folder / CARRIED, text + "\n")
     return said + _in_words(plan, decisions)
 
 
@@ -136,6 +136,11 @@ def _load_average(module: TransformerTrainModule, source: ScheduleFreeConfig, fo
         module.optim = ours
     forget_whole_parameters(module.model)
     before.swap_to_average()  # for good: it goes no further
+
+
+def _on_meta(spec: JolmoModel, vocab_size: int) -> nn.Module:
+    """The model, to build optimizers of which only the groups are wanted."""
+    return spec.model_config(vocab_size).build(init_device="meta")
 
 
 def _give_options(optim: torch.optim.Optimizer, config: OptimConfig, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from olmo_core.train.callbacks import Callback
 from olmo_core.utils import seed_all
 from rich.console import Console
 
-from olmo_optim_ext.config import ExtOptimConfig
+from olmo_optim_ext.config import ExtOptimConfig, learning_rate
 from olmo_optim_ext.elementwise.adafactor import AdafactorConfig
 from olmo_optim_ext.elementwise.prodigy import ProdigyConfig
 from olmo_optim_ext.training import (
@@ -32,7 +32,7 @@ from olmo_optim_ext.training import (
 )
 
 from .callbacks import ProgressBar, StopOnSignal
-from .decoding import to_plain
+from .decoding import require, to_plain
 from .handover import begin
 from .lr_find_report import FoundRates, write_found
 from .mixture import Share
@@ -87,9 +87,9 @@ class LRFind:
             self.min_lr = self.lr / 10**DECADES
         if self.max_lr is None:
             self.max_lr = min(self.lr * 10**DECADES, largest)
-        _require(0 < self.min_lr < math.inf, "--min-lr", self.min_lr, "a finite number > 0")
-        _require(0 < self.max_lr < math.inf, "--max-lr", self.max_lr, "a finite number > 0")
-        _require(
+        require(0 < self.min_lr < math.inf, "--min-lr", self.min_lr, "a finite number > 0")
+        require(0 < self.max_lr < math.inf, "--max-lr", self.max_lr, "a finite number > 0")
+        require(
             self.max_lr <= largest,
             "--max-lr",
             self.max_lr,
@@ -97,7 +97,7 @@ class LRFind:
             "lr and 1 / sqrt(step)",
         )
         allowed = f"less than that of --max-lr, {self.max_lr:.3g}"
-        _require(self.min_lr < self.max_lr, "--min-lr", self.min_lr, allowed)
+        require(self.min_lr < self.max_lr, "--min-lr", self.min_lr, allowed)
 
     def execute(self) -> FoundRates:
         """
@@ -243,12 +243,9 @@ class LRFind:
 
 
 def _rate_of(config: OptimConfig, key: str) -> float:
-    if isinstance(config, ExtOptimConfig):
-        lr = config.hyperparameters()["lr"]
-    else:
-        lr = getattr(config, "lr", None)
+    lr = learning_rate(config)
     allowed = "a finite number > 0, which lr-find multiplies"
-    _require(isinstance(lr, (int, float)) and 0 < lr < math.inf, f"{key}.lr", lr, allowed)
+    require(isinstance(lr, (int, float)) and 0 < lr < math.inf, f"{key}.lr", lr, allowed)
     assert lr is not None
     return float(lr)
 
@@ -272,8 +269,3 @@ def _overrides(optimizer: Mapping[str, Any], where: str, lr: float, factor: floa
     if not {f"{where}.lr", f"{where}.inner.lr"} & rates.keys():
         rates = {f"{where}.lr": lr, **rates}
     return [f"{key}={rate * factor:.3g}" for key, rate in rates.items()]
-
-
-def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise OLMoConfigurationError(f"{key}: {value!r} is not allowed, allowed is {allowed}")

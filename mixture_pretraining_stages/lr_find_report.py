@@ -4,7 +4,6 @@ What a learning-rate range test leaves: its figures and a picture.
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Mapping, Optional
@@ -13,6 +12,9 @@ import numpy as np
 
 from olmo_optim_ext.training import LRSuggestion
 from olmo_optim_ext.training.lr_curve import fit, highest
+
+from .drafts import write_whole
+from .pictures import new_figure, save_figure
 
 __all__ = ["FoundRates", "write_found"]
 
@@ -51,9 +53,7 @@ def write_found(found: FoundRates, asked: Mapping[str, Any], folder: Path) -> No
         # JSON has no others.
         "losses": [loss if math.isfinite(loss) else None for loss in found.losses],
     }
-    draft = folder / "lr_find.tmp"
-    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, folder / "lr_find.json")
+    write_whole(folder / "lr_find.json", json.dumps(result, indent=1) + "\n")
     title = f"{asked['name']} ({asked['optimizer']['name']})"
     _draw(found, title, folder / "lr_find.png")
 
@@ -63,11 +63,7 @@ def _draw(found: FoundRates, title: str, path: Path) -> None:
     Loss against learning rate, with the line through it that the suggestion is from. Losses that
     are not finite, or far above the start, are left out.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5)
     axes = figure.subplots()
     x, y = np.asarray(found.rates), np.asarray(found.losses)
     good = np.isfinite(y)
@@ -93,6 +89,4 @@ def _draw(found: FoundRates, title: str, path: Path) -> None:
     axes.set_title(title if suggestion.lr is not None else f"{title}: no suggestion")
     axes.grid(alpha=0.3)
     axes.legend()
-    draft = path.with_suffix(".tmp.png")
-    figure.savefig(draft, dpi=130)
-    draft.replace(path)
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 The mixture of a stage: how many tokens of each source, in which order, and what was really drawn.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
@@ -194,11 +194,6 @@ class DrawnTokens(Callback):
 
     tensor_ranks: int = 1
     """Ranks that see the same batch."""
-
-    _loader: Any = field(default=None, repr=False)
-
-    def post_attach(self):
-        assert isinstance(self.trainer.data_loader, MixtureLoader)
 
     def pre_step(self, batch: Dict[str, Any]):
         assert isinstance(self.trainer.data_loader, MixtureLoader)

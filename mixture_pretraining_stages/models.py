@@ -14,7 +14,7 @@ from olmo_core.nn.transformer import TransformerConfig
 
 from olmo_optim_ext.catalog import closest
 
-from .checks import require
+from .decoding import require
 
 __all__ = ["NO_FLOAT16", "model_config", "words"]
 

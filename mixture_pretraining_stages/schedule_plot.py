@@ -14,6 +14,7 @@ from olmo_optim_ext.engine.base import ALGORITHM
 from olmo_optim_ext.schedulers import cycles_momentum, momentum_of
 from olmo_optim_ext.training import HyperparameterSchedule, ScheduledField
 
+from .pictures import mark_stages, new_figure, save_figure
 from .plans import StagePlan, over_run, plan_stages
 from .schedule import Clock
 from .training import JolmoModel
@@ -159,12 +160,8 @@ def draw_schedule(
 
     :raises OLMoConfigurationError: If the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     quantities = list(dict.fromkeys(curve.quantity for curve in curves))
-    figure = Figure(figsize=(9, 1.5 + 2.5 * len(quantities)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.5 + 2.5 * len(quantities))
     panels = figure.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
     colors: Dict[str, str] = {}
     for axes, quantity in zip(panels, quantities):
@@ -180,27 +177,14 @@ def draw_schedule(
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize="small")
-        for plan in plans:
-            axes.axvline(plan.last_token, color="0.5", linestyle=":", linewidth=1)
     panels[0].set_ymargin(0.15)  # for the names of stages
     panels[-1].set_xlim(0, plans[-1].last_token)
     panels[-1].set_xlabel("tokens")
     _name_steps(panels[0].twiny(), plans)
     panels[0].set_title(title)
-    for plan in plans:
-        panels[0].annotate(
-            plan.spec.name,
-            (plan.last_token, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -12),
-            textcoords="offset points",
-            ha="right",
-            color="0.4",
-        )
-    draft = path.with_suffix(".tmp.png")
+    mark_stages(list(panels), [(plan.spec.name, plan.last_token) for plan in plans])
     try:
-        figure.savefig(draft, dpi=130)
-        draft.replace(path)
+        save_figure(figure, path)
     except OSError as error:
         raise OLMoConfigurationError(
             f"--output: {path} cannot be written ({error.strerror}), allowed is a file that can"

@@ -58,6 +58,7 @@ from .callbacks import (
     read_metrics,
 )
 from .decoding import decode_fields
+from .drafts import write_whole
 from .evaluation import SourceEvaluator, build_evaluator
 from .facts import RunFacts
 from .folder import claim, write_config
@@ -222,9 +223,7 @@ class Run:
             folder = self.output if of_run else plan.folder
             folder.mkdir(parents=True, exist_ok=True)
             for name, text in (("roles.txt", to_text(rows)), ("roles.json", to_json(rows))):
-                draft = folder / f"{name}.tmp"
-                draft.write_text(text)
-                draft.replace(folder / name)
+                write_whole(folder / name, text)
 
     def _say_what_runs(self, train_module: TransformerTrainModule) -> None:
         params = sum(p.numel() for p in train_module.model.parameters())

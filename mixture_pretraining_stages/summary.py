@@ -14,6 +14,7 @@ from olmo_optim_ext.training import matrix_metric
 from .callbacks import LEARNING_RATE, LOSS
 from .evaluation import EVALUATOR
 from .mixture import Share, drawn_tokens
+from .pictures import mark_stages, new_figure, save_figure
 
 __all__ = ["draw_curves", "mixture_table", "validation", "validation_table"]
 
@@ -103,12 +104,8 @@ def draw_curves(
 
     :param stages: Name and last token of each stage.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measures = {measure: curves for measure in MEASURES if (curves := _of_roles(rows, measure))}
-    figure = Figure(figsize=(9, 6 + 1.5 * len(measures)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 6 + 1.5 * len(measures))
     panels = figure.subplots(
         2 + len(measures), 1, sharex=True, height_ratios=[3, *[1] * (1 + len(measures))]
     )
@@ -135,18 +132,5 @@ def draw_curves(
     panels[-1].set_xlabel("tokens")
     for axes in panels:
         axes.grid(alpha=0.3)
-    for name, last_token in stages:
-        for axes in panels:
-            axes.axvline(last_token, color="0.5", linestyle=":", linewidth=1)
-        upper.annotate(
-            name,
-            (last_token, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, -12),
-            textcoords="offset points",
-            ha="right",
-            color="0.4",
-        )
-    draft = path.with_suffix(".tmp.png")
-    figure.savefig(draft, dpi=130)
-    draft.replace(path)
+    mark_stages(panels, stages)
+    save_figure(figure, path)

@@ -26,9 +26,8 @@ from olmo_optim_ext.training import ScheduledField
 from olmo_optim_ext.wrappers.base import WrapperConfig
 
 from . import checks
-from .checks import require
 from .comparing.comparison import ComparisonSpec
-from .decoding import decode_fields, decode_registered, to_plain
+from .decoding import decode_fields, decode_registered, require, to_plain
 from .models import model_config, words
 from .sources import SourceSpec
 from .spec_parts import (

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 
 from olmo_core.exceptions import OLMoConfigurationError
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olmo_optim_ext.catalog import closest, optimizer_info
-from olmo_optim_ext.config import ExtOptimConfig
+from olmo_optim_ext.config import ExtOptimConfig, learning_rate
 
-from ..decoding import decode_fields
+from ..decoding import decode_fields, refuse
 from ..evaluation import EVALUATOR
 from ..tokenizers import load_tokenizer
 
@@ -73,15 +73,15 @@ class ComparisonSpec:
         for key in ("lrs", "seeds"):
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
-                _refuse(f"comparison.{key}", value, "an integer >= 1")
+                refuse(f"comparison.{key}", value, "an integer >= 1")
         if isinstance(self.lrs, int) and self.lrs > MOST_RATES:
-            _refuse("comparison.lrs", self.lrs, f"an integer from 1 to {MOST_RATES}")
+            refuse("comparison.lrs", self.lrs, f"an integer from 1 to {MOST_RATES}")
         if isinstance(self.lrs, list):
             finite = all(0 < factor < math.inf for factor in self.lrs)
             if not self.lrs or not finite or len(set(self.lrs)) < len(self.lrs):
-                _refuse("comparison.lrs", self.lrs, "a list of different numbers > 0")
+                refuse("comparison.lrs", self.lrs, "a list of different numbers > 0")
         if self.tolerance is not None and not 0 <= self.tolerance < math.inf:
-            _refuse("comparison.tolerance", self.tolerance, "null or a finite number >= 0")
+            refuse("comparison.tolerance", self.tolerance, "null or a finite number >= 0")
 
     def factors(self) -> List[float]:
         """Of an arm's own learning rate, ascending."""
@@ -174,7 +174,7 @@ class Comparison:
         spec, own = self.specs[arm], self.own_rate(arm)
         config = spec.optimizer_config(stage)
         optimizer = dict(spec.optimizer if stage is None else spec.optimizer_of(stage))
-        rate = _rate_of(config)
+        rate = learning_rate(config)
         rate = lr if rate == own else rate * lr / own
         inner = optimizer.get("inner")
         if isinstance(inner, Mapping) and inner.get("lr") is not None:
@@ -215,7 +215,7 @@ def plan_comparison(
     asked.check()
     factors = asked.factors()
     if tune and len(factors) < 2:
-        _refuse("--lrs", len(factors), "at least 2 with --tune, which samples between them")
+        refuse("--lrs", len(factors), "at least 2 with --tune, which samples between them")
     base = replace(spec, comparison=None)
     if base.output == type(spec).output:
         base.output = str(Path(base.output) / base.name)
@@ -242,7 +242,7 @@ def _arms_of(
     resolved = [name if name in known else _catalogue_name(name) for name in names]
     for name in resolved:
         if resolved.count(name) > 1:
-            _refuse("--optimizers", ",".join(names), f"{name} once")
+            refuse("--optimizers", ",".join(names), f"{name} once")
     return {name: known[name] if name in known else _arm_with(spec, name) for name in names}
 
 
@@ -265,23 +265,23 @@ def _with_baseline(
 ) -> Tuple[Dict[str, Dict[str, Any]], str]:
     arms = {name: {"optimizer": base.optimizer, **arm} for name, arm in asked.arms.items()}
     if not arms:
-        _refuse("comparison.arms", {}, "at least one arm, or names with --optimizers")
+        refuse("comparison.arms", {}, "at least one arm, or names with --optimizers")
     if asked.baseline is not None:
         if asked.baseline not in arms:
-            _refuse("comparison.baseline", asked.baseline, f"null or {closest('', arms)}")
+            refuse("comparison.baseline", asked.baseline, f"null or {closest('', arms)}")
         return arms, asked.baseline
     for name, arm in arms.items():
         optimizer = arm["optimizer"]
         if isinstance(optimizer, Mapping) and _catalogue_name(optimizer.get("name")) == BASELINE:
             return arms, name
     if BASELINE in arms:
-        _refuse("comparison.arms", BASELINE, f"this name for an arm with {BASELINE} alone")
+        refuse("comparison.arms", BASELINE, f"this name for an arm with {BASELINE} alone")
     return {BASELINE: _arm_with(base, BASELINE), **arms}, BASELINE
 
 
 def _spec_of(base: "JolmoModel", arm: str, overrides: Mapping[str, Any]) -> "JolmoModel":
     if not arm or set(arm) & set("/\\\0") or arm[0] == ".":
-        _refuse("comparison.arms", arm, "a name that can be the name of a folder")
+        refuse("comparison.arms", arm, "a name that can be the name of a folder")
     config = OmegaConf.create(base.as_plain())
     for key, value in overrides.items():
         where = f"comparison.arms.{arm}.{key}"
@@ -301,7 +301,7 @@ def _spec_of(base: "JolmoModel", arm: str, overrides: Mapping[str, Any]) -> "Jol
     tokens, allowed = (sum(stage.tokens for stage in each.stages) for each in (spec, base))
     if tokens != allowed:
         where = f"comparison.arms.{arm}.stages"
-        _refuse(where, f"{tokens} tokens", f"{allowed}, as all arms get as many")
+        refuse(where, f"{tokens} tokens", f"{allowed}, as all arms get as many")
     if spec.optimizer != base.optimizer and all(stage.optimizer for stage in spec.stages):
         raise OLMoConfigurationError(
             f"comparison.arms.{arm}.optimizer: each stage has an optimizer of its own, allowed is "
@@ -333,26 +333,21 @@ def check_arms(comparison: Comparison, world_size: int = 1) -> None:
                 comparison.run(arm, lr, comparison.seeds[-1]).spec.check(world_size)
 
 
-def _rate_of(config: Any) -> Any:
-    # A wrapper's is that of the optimizer inside, unless it has one.
-    return config.hyperparameters()["lr"] if isinstance(config, ExtOptimConfig) else config.lr
-
-
 def _own_rate(spec: "JolmoModel") -> Any:
-    return _rate_of(spec.optimizer_config(spec.stages[0]))
+    return learning_rate(spec.optimizer_config(spec.stages[0]))
 
 
 def _rates(arm: str, spec: "JolmoModel", factors: Sequence[float]) -> List[float]:
     with _naming(arm):
         own = _own_rate(spec)
         if not isinstance(own, (int, float)) or not 0 < own < math.inf:
-            _refuse("optimizer.lr", own, "a finite number > 0")
+            refuse("optimizer.lr", own, "a finite number > 0")
     rates = [own * factor for factor in factors]
     if not all(0 < rate < math.inf for rate in rates):
         allowed = f"factors of {own:g}, the rate of {arm}, that give finite rates > 0"
-        _refuse("comparison.lrs", list(factors), allowed)
+        refuse("comparison.lrs", list(factors), allowed)
     if len({f"{rate:.6g}" for rate in rates}) < len(rates):
-        _refuse("comparison.lrs", list(factors), "factors that differ in their first 6 digits")
+        refuse("comparison.lrs", list(factors), "factors that differ in their first 6 digits")
     return rates
 
 
@@ -371,7 +366,3 @@ def validation_losses(
         for row in rows
         if all(key in row for key in keys)
     ]
-
-
-def _refuse(where: str, value: Any, allowed: str) -> NoReturn:
-    raise OLMoConfigurationError(f"{where}: {value!r} is not allowed, allowed is {allowed}")

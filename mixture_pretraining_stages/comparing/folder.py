@@ -4,7 +4,6 @@ compared, and a ``trial.json`` in the folder of each run, which says what became
 """
 
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ..callbacks import read_metrics
+from ..drafts import write_whole
 from ..folder import MAY_CHANGE
 from ..plans import plan_stages
 from .comparison import Comparison, RunPlan, validation_losses
@@ -64,9 +64,7 @@ def claim_folder(comparison: Comparison) -> str:
                     )
                 if not problems:
                     now["id"] = before["id"]
-            draft = path.with_suffix(".tmp")
-            OmegaConf.save(OmegaConf.create(now), draft)
-            os.replace(draft, path)
+            write_whole(path, OmegaConf.to_yaml(OmegaConf.create(now)))
     except OSError as error:
         raise OLMoConfigurationError(
             f"output: {comparison.folder} cannot be written ({error.strerror}), allowed is a "
@@ -140,9 +138,7 @@ def write_trial(run: RunPlan, state: str, error: Optional[str] = None) -> None:
     """Note what became of a run: ``running``, ``complete``, ``pruned`` or ``failed``."""
     run.folder.mkdir(parents=True, exist_ok=True)
     content = {"arm": run.arm, "lr": run.lr, "seed": run.seed, "state": state, "error": error}
-    draft = run.folder / f".{TRIAL}.tmp"
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, run.folder / TRIAL)
+    write_whole(run.folder / TRIAL, json.dumps(content, indent=2) + "\n")
 
 
 def read_trial(folder: Path) -> Optional[Dict[str, Any]]:

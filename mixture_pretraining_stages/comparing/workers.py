@@ -19,6 +19,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from ..drafts import write_whole
 from ..processes import kill_tree
 from .comparison import RunPlan, validation_losses
 from .folder import steps_of
@@ -219,10 +220,9 @@ class Crew:
 
 
 def _write_spec(run: RunPlan) -> Path:
-    path, draft = run.folder / "spec.yaml", run.folder / ".spec.yaml.tmp"
+    path = run.folder / "spec.yaml"
     run.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(run.spec.as_plain()), draft)
-    os.replace(draft, path)
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(run.spec.as_plain())))
     return path
 
 

@@ -5,6 +5,7 @@ Panels as pictures, drawn by Matplotlib.
 from pathlib import Path
 from typing import Any, Dict, List
 
+from ..pictures import new_figure, save_figure
 from .figures import Panel, Series
 
 __all__ = ["draw_png"]
@@ -25,13 +26,9 @@ GREY = "0.82"
 
 def draw_png(panel: Panel, path: Path) -> None:
     """Draw a panel into a file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = len(panel.categories) * (1 if panel.stacked else 1.6)
     height = 1.4 + 0.26 * rows if panel.bars else 4.4
-    figure = Figure(figsize=(8.5, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.5, height)
     axes = figure.subplots()
     for series in sorted(panel.series, key=lambda each: each.prominent):
         _draw(axes, series)
@@ -46,9 +43,7 @@ def draw_png(panel: Panel, path: Path) -> None:
     if panel.y_range is not None:
         axes.set_ylim(*panel.y_range)
     _legend(axes, panel)
-    draft = path.with_suffix(".tmp.png")
-    figure.savefig(draft, dpi=120)
-    draft.replace(path)
+    save_figure(figure, path, dpi=120)
 
 
 def _text(name: str) -> str:

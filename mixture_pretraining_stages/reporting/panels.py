@@ -90,27 +90,25 @@ CURVES = (
 
 def _validation(drawn: Sequence[Drawn]) -> List[Panel]:
     curves = [(each, mean_curve(each.runs)) for each in drawn]
-    return [
-        _losses(
-            f"validation_{key}",
-            f"Validation loss against {key}",
-            label,
-            [series for each, curve in curves for series in _curve(each, curve, x)],
-            "The mean over sources.",
-        )
-        for key, label, x in AXES
-    ]
+    return _against_both("validation", curves, "The mean over sources.", marks=True)
 
 
 def _training(drawn: Sequence[Drawn]) -> List[Panel]:
     curves = [(each, _smoothed(each.runs)) for each in drawn]
+    caption = f"At most {BINS} points, each the mean over the steps since the one before."
+    return _against_both("training", curves, caption, marks=False)
+
+
+def _against_both(
+    kind: str, curves: Sequence[Tuple[Drawn, List[Point]]], caption: str, marks: bool
+) -> List[Panel]:
     return [
         _losses(
-            f"training_{key}",
-            f"Training loss against {key}",
+            f"{kind}_{key}",
+            f"{kind.capitalize()} loss against {key}",
             label,
-            [series for each, curve in curves for series in _curve(each, curve, x, marks=False)],
-            f"At most {BINS} points, each the mean over the steps since the one before.",
+            [series for each, curve in curves for series in _curve(each, curve, x, marks=marks)],
+            caption,
         )
         for key, label, x in AXES
     ]

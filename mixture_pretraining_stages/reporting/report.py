@@ -2,7 +2,6 @@
 The report on some runs: one page that opens anywhere, also offline, and pictures beside it.
 """
 
-import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,6 +11,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from rich.markup import escape
 from rich.table import Table
 
+from ..drafts import write_whole
 from ..extras import require
 from .criteria import check_criteria
 from .drawn import Drawn, draw
@@ -84,9 +84,7 @@ def write_report(paths: Sequence[Path], output: Optional[Path] = None) -> Report
         folder.mkdir(parents=True, exist_ok=True)
         for panel in figures:
             draw_png(panel, folder / f"{panel.key}.png")
-        draft = folder / "report.tmp"
-        draft.write_text(render(content), encoding="utf-8")
-        os.replace(draft, folder / "report.html")
+        write_whole(folder / "report.html", render(content))
     except OSError as error:
         raise OLMoConfigurationError(
             f"output: {folder} cannot be written ({error.strerror}), allowed is a folder that can"

@@ -41,7 +41,7 @@ from .engine.roles import (
     named_trainable_parameters,
 )
 
-__all__ = ["ExtOptimConfig", "MatrixOptimConfig"]
+__all__ = ["ExtOptimConfig", "MatrixOptimConfig", "learning_rate"]
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +252,16 @@ class ExtOptimConfig(OptimConfig[Opt], Generic[Opt]):
             fields = ", ".join(f"{k}={v}" for k, v in _settings(optim, group).items())
             log.info(f"{_name(optim)} group {index}, {len(group['params'])} parameters: {fields}")
         return optim
+
+
+def learning_rate(config: OptimConfig) -> Any:
+    """
+    The learning rate of a config, also of OLMo-core's: of a wrapper that of the optimizer inside,
+    unless it has one of its own; ``None`` if there is none.
+    """
+    if isinstance(config, ExtOptimConfig):
+        return config.hyperparameters()["lr"]
+    return getattr(config, "lr", None)
 
 
 def _name(x: object) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import statistics
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Dict, Tuple
@@ -18,7 +17,7 @@ from olmo_core.exceptions import OLMoConfigurationError
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from olmo_optim_ext import bench, cli, list_optimizers, optimizer_info
+from olmo_optim_ext import bench, list_optimizers, optimizer_info
 from olmo_optim_ext.bench import (
     EXT_MUON,
     FOREACH,
@@ -448,16 +447,9 @@ def test_what_cannot_step_alone_is_refused_by_name(needy):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments: str):
-        monkeypatch.setattr(sys, "argv", ["olmo-optim", "bench", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(bench, "run_bench", partial(run_bench, probe_bytes=4096))
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def call(call, monkeypatch):
+    monkeypatch.setattr(bench, "run_bench", partial(run_bench, probe_bytes=4096))
+    return partial(call, "bench")
 
 
 def test_the_command_prints_and_saves(call, tmp_path):

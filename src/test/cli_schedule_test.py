@@ -2,29 +2,18 @@
 ``olmo-optim schedule``, as a user types it.
 """
 
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Tuple
 
 import pytest
 from olmo_core.optim import Scheduler
-
-from olmo_optim_ext import cli
-from olmo_optim_ext.cli.app import console
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments: str) -> Tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["olmo-optim", "schedule", *arguments])
-        monkeypatch.setattr(console, "_width", 200)  # whatever COLUMNS was at the import
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def call(call):
+    return partial(call, "schedule")
 
 
 def test_list_has_every_scheduler_and_where_it_is_from(call):

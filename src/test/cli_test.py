@@ -16,23 +16,10 @@ import pytest
 import olmo_optim_ext
 from mixture_pretraining_stages.facts import read_facts, state_bytes
 from mixture_pretraining_stages.reading import load_spec
-from olmo_optim_ext import cli
 from olmo_optim_ext.cli.catalog import field_docs
 
 from .mixture_pretraining_stages.reporting.synthetic import write_run
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments: str) -> Tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["olmo-optim", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_list_has_every_name(call):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 import pytest
 from omegaconf import OmegaConf
@@ -28,18 +28,6 @@ from .mixture_pretraining_stages.comparing.workers_test import FAKE
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
 WORKER = Path(__file__).parent / "mixture_pretraining_stages" / "comparing" / "compare_worker.py"
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments: str) -> Tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["olmo-optim", *arguments])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

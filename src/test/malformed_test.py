@@ -2,13 +2,10 @@
 Configs with a mistake: the command ends with code 2 and one paragraph that names the key.
 """
 
-import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-
-from olmo_optim_ext import cli
 
 from .mixture_pretraining_stages.spec import tiny_spec, write_spec
 
@@ -77,7 +74,7 @@ MISTAKES: Dict[str, List[str]] = {
 
 
 @pytest.mark.parametrize("key", MISTAKES)
-def test_a_mistake_is_one_paragraph_that_names_the_key(key, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_paragraph_that_names_the_key(key, call, tmp_path):
     changes: Dict[str, Any] = {"output": str(tmp_path / "run")}
     spec = {**tiny_spec(tmp_path), **changes}
     overrides = MISTAKES[key]
@@ -85,11 +82,9 @@ def test_a_mistake_is_one_paragraph_that_names_the_key(key, tmp_path, monkeypatc
         spec["stages"][0]["tokens"] = 1_024_000
     path = write_spec(tmp_path / "spec.yaml", spec)
     arguments = [str(path), *(o for o in overrides if o != "+long")]
-    monkeypatch.setattr(sys, "argv", ["olmo-optim", "pretrain", *arguments])
-    monkeypatch.setenv("COLUMNS", "500")
-    assert cli.main() == 2
-    captured = capsys.readouterr()
-    said = (captured.out + captured.err).strip()
+    code, out, err = call("pretrain", *arguments)
+    assert code == 2
+    said = (out + err).strip()
     assert key in said
     assert "Traceback" not in said
     assert len(said.splitlines()) == 1

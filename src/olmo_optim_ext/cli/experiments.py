@@ -17,18 +17,7 @@ from mixture_pretraining_stages.tokenizers import load_tokenizer
 from ..catalog import closest
 from ..role_table import role_table, to_json, to_text
 from .app import CONFIG_HELP, app, console, load, load_with_flags
-from .flags import (
-    Alpha,
-    Anneal,
-    Flags,
-    Isotropic,
-    Name,
-    Nolah,
-    OptimizerName,
-    Orthonoise,
-    Seed,
-    Steps,
-)
+from .flags import Flags, takes_flags
 
 
 @app.command()
@@ -64,6 +53,7 @@ def roles(
 
 
 @app.command()
+@takes_flags
 def pretrain(
     arguments: Optional[List[str]] = typer.Argument(
         None, metavar="[CONFIG] [KEY=VALUE ...]", help=CONFIG_HELP
@@ -71,15 +61,8 @@ def pretrain(
     nproc: int = typer.Option(
         1, "--nproc", "--ngpus", min=1, help="Ranks to start on this machine."
     ),
-    optimizer: OptimizerName = None,
-    orthonoise: Orthonoise = False,
-    isotropic: Isotropic = False,
-    nolah: Nolah = False,
-    alpha: Alpha = None,
-    anneal: Anneal = False,
-    steps: Steps = None,
-    seed: Seed = None,
-    name: Name = None,
+    *,
+    flags: Flags,
 ) -> None:
     """
     Run an experiment, or continue it: the same command again resumes from the last whole
@@ -97,7 +80,6 @@ def pretrain(
 
     torchrun --nproc-per-node 8 -m mixture_pretraining_stages pretrain my.yaml
     """
-    flags = Flags(optimizer, orthonoise, isotropic, nolah, alpha, anneal, steps, seed, name)
     spec, notes = load_with_flags(arguments, flags)
     command = ["pretrain", *(arguments or []), *flags.arguments()]
     if nproc > 1 and not launch.launched_by_torchrun():

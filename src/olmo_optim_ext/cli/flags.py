@@ -3,59 +3,30 @@ The short flags of an experiment, and the overrides of its spec that they stand 
 """
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Dict, List, Mapping, Optional, Sequence
+from typing import Annotated, Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import typer
 from olmo_core.exceptions import OLMoConfigurationError
 from olmo_core.optim import OptimConfig
 
+from mixture_pretraining_stages.plans import plan_stages
 from mixture_pretraining_stages.training import JolmoModel
 
 from ..matrix.muon_family import MuonFamilyConfig
 from ..matrix.noise import AlphaAnnealing, NoisyMuonConfig
 
 __all__ = [
-    "Alpha",
-    "Anneal",
     "Flags",
-    "Isotropic",
-    "Name",
-    "Nolah",
-    "OptimizerName",
-    "Orthonoise",
-    "Seed",
-    "Steps",
     "Translation",
     "check_agreement",
     "scale_tokens",
+    "takes_flags",
     "translate",
-]
-
-OptimizerName = Annotated[
-    Optional[str],
-    typer.Option("--optimizer", metavar="NAME", help="In place of the config's optimizer."),
-]
-Orthonoise = Annotated[bool, typer.Option("--orthonoise", help="--optimizer muon_orthonoise")]
-Isotropic = Annotated[bool, typer.Option("--isotropic", help="--optimizer muon_isotropic")]
-Nolah = Annotated[bool, typer.Option("--nolah", help="--optimizer muon_nolah")]
-Alpha = Annotated[
-    Optional[float],
-    typer.Option("--alpha", help="Strength of the noise; 1e-3 unless the config has one."),
-]
-Anneal = Annotated[
-    bool, typer.Option("--anneal", help="Let the noise fall to a tenth over the run.")
-]
-Steps = Annotated[
-    Optional[int],
-    typer.Option("--steps", min=1, help="Of the whole run; stages keep their proportions."),
-]
-Seed = Annotated[Optional[int], typer.Option("--seed", help="Of weights, data and order.")]
-Name = Annotated[
-    Optional[str],
-    typer.Option("--name", metavar="RUN", help="Of the run, and of its folder by ${name}."),
 ]
 
 SPELLINGS = {
@@ -76,15 +47,35 @@ ANNEALED = 0.1
 class Flags:
     """The flags as they were given."""
 
-    optimizer: Optional[str] = None
-    orthonoise: bool = False
-    isotropic: bool = False
-    nolah: bool = False
-    alpha: Optional[float] = None
-    anneal: bool = False
-    steps: Optional[int] = None
-    seed: Optional[int] = None
-    name: Optional[str] = None
+    optimizer: Annotated[
+        Optional[str],
+        typer.Option("--optimizer", metavar="NAME", help="In place of the config's optimizer."),
+    ] = None
+    orthonoise: Annotated[
+        bool, typer.Option("--orthonoise", help="--optimizer muon_orthonoise")
+    ] = False
+    isotropic: Annotated[bool, typer.Option("--isotropic", help="--optimizer muon_isotropic")] = (
+        False
+    )
+    nolah: Annotated[bool, typer.Option("--nolah", help="--optimizer muon_nolah")] = False
+    alpha: Annotated[
+        Optional[float],
+        typer.Option("--alpha", help="Strength of the noise; 1e-3 unless the config has one."),
+    ] = None
+    anneal: Annotated[
+        bool, typer.Option("--anneal", help="Let the noise fall to a tenth over the run.")
+    ] = False
+    steps: Annotated[
+        Optional[int],
+        typer.Option("--steps", min=1, help="Of the whole run; stages keep their proportions."),
+    ] = None
+    seed: Annotated[Optional[int], typer.Option("--seed", help="Of weights, data and order.")] = (
+        None
+    )
+    name: Annotated[
+        Optional[str],
+        typer.Option("--name", metavar="RUN", help="Of the run, and of its folder by ${name}."),
+    ] = None
 
     def arguments(self) -> List[str]:
         """What to type for them."""
@@ -111,6 +102,34 @@ class Flags:
                 f"{' and '.join(asked)} name several optimizers, allowed is one of them"
             )
         return next(iter(asked.values()), None)
+
+
+def takes_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the short flags as options; its parameter ``flags`` gets them."""
+    shared = dataclasses.fields(Flags)
+
+    @functools.wraps(command)
+    def with_flags(**options: Any) -> None:
+        flags = Flags(**{field.name: options.pop(field.name) for field in shared})
+        command(**options, flags=flags)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "flags"]
+    parameters = [
+        *own,
+        *(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in shared
+        ),
+    ]
+    # What Typer makes options of.
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_flags
 
 
 @dataclass(frozen=True)
@@ -227,8 +246,7 @@ def _batches(spec: JolmoModel) -> List[int]:
 
 
 def _steps(spec: JolmoModel) -> int:
-    tokens = (stage.tokens for stage in spec.stages)
-    return sum(math.ceil(count / batch) for count, batch in zip(tokens, _batches(spec)))
+    return plan_stages(spec)[-1].last_step
 
 
 def _stages_of_their_own(spec: JolmoModel) -> List[str]:

@@ -4,7 +4,6 @@ One experiment as a job of SLURM: ``olmo-optim submit``.
 
 import hashlib
 import io
-import os
 import shlex
 import shutil
 from contextlib import redirect_stderr
@@ -16,24 +15,14 @@ from olmo_core.config import StrEnum
 from olmo_core.exceptions import OLMoConfigurationError
 from omegaconf import OmegaConf
 
+from mixture_pretraining_stages.drafts import write_whole
 from mixture_pretraining_stages.extras import require
 from mixture_pretraining_stages.sources import read_documents
 from mixture_pretraining_stages.tokenizers import load_tokenizer
 from mixture_pretraining_stages.training import JolmoModel
 
 from .app import CONFIG_HELP, app, console, load_with_flags
-from .flags import (
-    Alpha,
-    Anneal,
-    Flags,
-    Isotropic,
-    Name,
-    Nolah,
-    OptimizerName,
-    Orthonoise,
-    Seed,
-    Steps,
-)
+from .flags import Flags, takes_flags
 
 LINGER = 900
 """
@@ -48,6 +37,7 @@ class Executor(StrEnum):
 
 
 @app.command()
+@takes_flags
 def submit(
     arguments: Optional[List[str]] = typer.Argument(
         None, metavar="[CONFIG] [KEY=VALUE ...]", help=CONFIG_HELP
@@ -69,15 +59,8 @@ def submit(
         Executor.slurm, help="local runs the job on this machine, to try it."
     ),
     folder: Optional[Path] = typer.Option(None, help="For logs; OUTPUT/slurm if left out."),
-    optimizer: OptimizerName = None,
-    orthonoise: Orthonoise = False,
-    isotropic: Isotropic = False,
-    nolah: Nolah = False,
-    alpha: Alpha = None,
-    anneal: Anneal = False,
-    steps: Steps = None,
-    seed: Seed = None,
-    name: Name = None,
+    *,
+    flags: Flags,
 ) -> None:
     """
     Hand `olmo-optim pretrain` to SLURM, with the config as it is now. The job saves itself before
@@ -92,7 +75,6 @@ def submit(
 
     olmo-optim submit --executor local --steps 20
     """
-    flags = Flags(optimizer, orthonoise, isotropic, nolah, alpha, anneal, steps, seed, name)
     spec, notes = load_with_flags(arguments, flags)
     given = {
         "partition": partition,
@@ -258,9 +240,7 @@ def _freeze(spec: JolmoModel, folder: Path) -> Path:
     path = folder / f"spec-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, text)
     except OSError as error:
         raise OLMoConfigurationError(
             f"submit: {folder} cannot be written ({error.strerror}), allowed is a folder that can: "

@@ -4,7 +4,6 @@ Range tests of whole experiments, as a user types them.
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Tuple
 
@@ -15,7 +14,6 @@ from rich.console import Console
 from mixture_pretraining_stages.callbacks import StopOnSignal
 from mixture_pretraining_stages.lr_find import LRFind, _overrides
 from mixture_pretraining_stages.reading import load_spec
-from olmo_optim_ext import cli
 
 from .spec import tiny_spec, write_spec
 
@@ -23,13 +21,10 @@ Call = Callable[..., Tuple[int, str]]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Call:
+def call(call) -> Call:
     def run(*arguments: object) -> Tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["olmo-optim", "lr-find", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        code, out, err = call("lr-find", *arguments)
+        return code, out + err
 
     return run
 
