@@ -1,0 +1,357 @@
+"""
+Dion: momentum, orthonormalised in a subspace that follows it (Ahn et al., arXiv:2504.05295,
+algorithm 1), as Optax transformations.
+"""
+
+import math
+import zlib
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import orthonormal
+from .matrices import Matrix, WeightDimNumOrFn, matrices_of, matrix_dimension_numbers
+from .sharded import beside, contract, explicit_sharding, like_axes, reshard
+
+__all__ = ["ScaleByDionState", "dion", "scale_by_dion"]
+
+ROUNDING = 64
+"""Columns of ``R`` that are shorter than this many roundings of the longest are taken for zero."""
+
+Key = Union[jax.Array, int]
+
+
+class ScaleByDionState(NamedTuple):
+    """State of :func:`scale_by_dion`: arrays, of shapes that never change."""
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32. Steps so far.
+    momentum: optax.Updates  # Like the parameters.
+    basis: optax.Updates  # V: axes of the stack, axes of the shorter side, r.
+    key: jax.Array  # Of the sketches, as jax.random.key_data has it: checkpointers can save it.
+
+
+def scale_by_dion(
+    momentum_decay: jax.typing.ArrayLike = 0.95,
+    rank_fraction: float = 0.25,
+    rank_multiple_of: int = 1,
+    eps: jax.typing.ArrayLike = 1e-8,
+    orthonormalize: orthonormal.Method = "rcqr",
+    key: Key = 0,
+    momentum_dtype: Optional[jax.typing.DTypeLike] = None,
+    basis_dtype: Optional[jax.typing.DTypeLike] = None,
+    *,
+    weight_dimension_numbers: Optional[WeightDimNumOrFn] = None,
+) -> optax.GradientTransformation:
+    r"""Rescale updates of matrices according to the Dion algorithm.
+
+    Dion keeps a momentum :math:`M` and a basis :math:`V` of rank :math:`r` for its right singular
+    vectors, which each step brings nearer to them by one power iteration. It steps along the
+    momentum within that subspace, orthonormalised, and takes a share of this part only out of the
+    momentum, so that what the subspace misses stays there until it is seen (error feedback):
+
+    .. math::
+      B &= M + G \\
+      P &= \text{orthonormal}(B V), \quad R = B^T P \\
+      M &\leftarrow B - (1 - \mu) P R^T \\
+      V_j &\leftarrow R_j / (\|R_j\| + \epsilon) \\
+      U &= \sqrt{n_{out} / n_{in}} \, P V^T
+
+    The matrix is that of shape :math:`(n_{out}, n_{in})` or, if it is wide, its transpose, so that
+    :math:`P` has the longer side. It is only ever multiplied by thin matrices: where it is sharded,
+    no device has the whole of it. Call ``init`` outside of ``jit`` with sharded parameters, and the
+    state is sharded as they are, the basis as its axes are; under ``jit`` that needs
+    ``out_shardings``, as with other transformations, unless the axes of the mesh are ``Explicit``.
+
+    All products are made in float32 at least, also for bfloat16 parameters, and ask for the highest
+    precision. This was run on CPU, with one and with eight devices, on no accelerator and in one
+    process only.
+
+    Args:
+      momentum_decay: :math:`\mu` in [0, 1). Of what a step applies, a share of
+        ``1 - momentum_decay`` is taken out of the momentum, which has no other decay.
+      rank_fraction: Rank of the update, as a share of the smaller side of a matrix, in (0, 1]. It
+        decides shapes, so that it can be no schedule.
+      rank_multiple_of: The rank is rounded up to a multiple of this, at most the smaller side.
+      eps: Added to the length of each column of ``R``, > 0.
+      orthonormalize: ``"rcqr"``, randomised Cholesky QR, ``"cqr"``, Cholesky QR twice, or ``"qr"``,
+        Householder QR. They agree to rounding, and the third stands in where the others fail.
+      key: PRNG key, or a seed, of the first bases and the sketches. They depend on it, the step and
+        the path of the parameter, and not on other parameters or the mesh.
+      momentum_dtype: Of the momentum; ``None`` takes that of the parameter.
+      basis_dtype: Of the basis; ``None`` takes that of the parameter, but float32 for shorter ones.
+      weight_dimension_numbers: Which axes of the parameters make a matrix, as for
+        :func:`optax.contrib.scale_by_muon`: ``optax.contrib.MuonDimensionNumbers`` for all, or a
+        tree of them, or a function from parameters to such a tree. Matrices are stacked along the
+        other axes. ``None`` stands for two-dimensional parameters ``(in, out)``.
+
+    Returns:
+      A :class:`optax.GradientTransformation`. Parameters that are no matrices are an error: use
+      :func:`dion`, or leave them out with :func:`optax.masked`.
+
+    Raises:
+      ValueError: If a value is out of its range, or a parameter is no matrix.
+
+    References:
+      Ahn et al., `Dion: Distributed Orthonormalized Updates
+      <https://arxiv.org/abs/2504.05295>`_, 2025
+    """
+    _check("momentum_decay", momentum_decay, lambda x: 0 <= x < 1, "in [0, 1)")
+    _check("rank_fraction", rank_fraction, lambda x: 0 < x <= 1, "in (0, 1]")
+    _check(
+        "rank_multiple_of", rank_multiple_of, lambda x: x >= 1 and x == int(x), "an integer >= 1"
+    )
+    _check("eps", eps, lambda x: x > 0, "> 0")
+    if orthonormalize not in orthonormal.METHODS:
+        allowed = ", ".join(orthonormal.METHODS)
+        raise ValueError(f"orthonormalize is {orthonormalize!r}, and must be one of {allowed}")
+    key_impl = jax.random.key_impl(_typed_key(key))
+
+    def matrices(tree: Any) -> List[Matrix]:
+        found = jax.tree.leaves(matrices_of(weight_dimension_numbers, tree))
+        for matrix in found:
+            if not isinstance(matrix, Matrix):
+                raise ValueError(
+                    f"the parameter {matrix} is no matrix: declare its axes in "
+                    f"weight_dimension_numbers, leave it out with optax.masked, or use dion"
+                )
+        return found
+
+    def init_fn(params: optax.Params) -> ScaleByDionState:
+        leaves, tree = jax.tree.flatten(params)
+        fraction = _static("rank_fraction", rank_fraction)
+        multiple_of = int(_static("rank_multiple_of", rank_multiple_of))
+        root = _typed_key(key)
+        bases = []
+        for matrix, param in zip(matrices(params), leaves):
+            rank = _thin_rank(fraction, multiple_of, matrix)
+            dtype = _wide(param.dtype) if basis_dtype is None else basis_dtype
+            bases.append(_first_basis(matrix, rank, dtype, _stream(root, 0, matrix.name), param))
+        state = ScaleByDionState(
+            count=jnp.zeros([], jnp.int32),
+            momentum=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            basis=jax.tree.unflatten(tree, bases),
+            # A copy, as a donated state is deleted.
+            key=jnp.array(jax.random.key_data(root), copy=True),
+        )
+        return beside(state, params)
+
+    def update_fn(
+        updates: optax.Updates, state: ScaleByDionState, params: Optional[optax.Params] = None
+    ) -> Tuple[optax.Updates, ScaleByDionState]:
+        del params
+        tree: Any = jax.tree.structure(updates)
+        count = optax.safe_increment(state.count)
+        root = jax.random.wrap_key_data(state.key, impl=key_impl)
+        done = [
+            _step(*each, momentum_decay, eps, orthonormalize, _stream(root, count, each[0].name))
+            for each in zip(
+                matrices(updates),
+                jax.tree.leaves(updates),
+                tree.flatten_up_to(state.momentum),
+                tree.flatten_up_to(state.basis),
+            )
+        ]
+        updates, momentum, basis = (tree.unflatten([one[i] for one in done]) for i in range(3))
+        return updates, ScaleByDionState(count, momentum, basis, state.key)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _step(
+    matrix: Matrix,
+    grad: jax.Array,
+    momentum: jax.Array,
+    basis: jax.Array,
+    momentum_decay: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    method: orthonormal.Method,
+    key: jax.Array,
+) -> Tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one parameter: the update, the new momentum and the new basis."""
+    dtype = _wide(grad.dtype)
+    # Letters of the axes of the parameter, of P and of R and V.
+    whole = matrix.labels()
+    left = matrix.labels(matrix.batch + matrix.longer) + "R"
+    right = matrix.labels(matrix.batch + matrix.shorter) + "R"
+
+    b = momentum.astype(dtype) + grad.astype(dtype)
+    v = basis.astype(dtype)
+    p = _orthonormal(contract(f"{whole},{right}->{left}", b, v), matrix, method, key)
+    r = contract(f"{whole},{left}->{right}", b, p)
+    kept = b - (1 - momentum_decay) * contract(f"{left},{right}->{whole}", p, r)
+    v = _next_basis(r, v, eps, len(matrix.batch))
+    scale = math.sqrt(matrix.n_out / matrix.n_in)
+    update = scale * contract(f"{left},{right}->{whole}", p, v)
+    return update.astype(grad.dtype), kept.astype(momentum.dtype), v.astype(basis.dtype)
+
+
+def _orthonormal(
+    x: jax.Array, matrix: Matrix, method: orthonormal.Method, key: jax.Array
+) -> jax.Array:
+    """The axes of the stack, those of the longer side as one, ``r``; back in the shape of ``x``."""
+    rows = math.prod(matrix.sizes(matrix.longer))
+    flat = x.reshape(*matrix.sizes(matrix.batch), rows, x.shape[-1])
+    p = orthonormal.orthonormalize(flat, method, key).reshape(x.shape)
+    sharding = explicit_sharding(x)
+    return p if sharding is None else reshard(p, sharding, sharding.spec)
+
+
+def _next_basis(
+    r: jax.Array, basis: jax.Array, eps: jax.typing.ArrayLike, n_batch: int
+) -> jax.Array:
+    """``R`` with columns of about unit length."""
+    rows = tuple(range(n_batch, r.ndim - 1))
+    top = jnp.max(jnp.abs(r), axis=rows, keepdims=True)
+    # No square overflows or is lost.
+    safe = jnp.where(top > 0, top, 1)
+    lengths = top * jnp.sqrt(jnp.sum(jnp.square(r / safe), axis=rows, keepdims=True))
+    longest = jnp.max(lengths, axis=-1, keepdims=True)
+    # Of a direction that M does not have R is rounding, which must not grow to unit length.
+    there = lengths > ROUNDING * jnp.finfo(r.dtype).eps * longest
+    normed = jnp.where(there, r / (lengths + eps), 0)
+    # Where M is zero, P and R are, and the basis stays.
+    return jnp.where(longest > 0, normed, basis)
+
+
+def dion(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum_decay: jax.typing.ArrayLike = 0.95,
+    rank_fraction: float = 0.25,
+    rank_multiple_of: int = 1,
+    eps: jax.typing.ArrayLike = 1e-8,
+    orthonormalize: orthonormal.Method = "rcqr",
+    key: Key = 0,
+    momentum_dtype: Optional[jax.typing.DTypeLike] = None,
+    basis_dtype: Optional[jax.typing.DTypeLike] = None,
+    weight_decay: jax.typing.ArrayLike = 0.01,
+    weight_decay_mask: Optional[Union[Any, Callable[[optax.Params], Any]]] = None,
+    scalar_optimizer: Optional[optax.GradientTransformation] = None,
+    *,
+    weight_dimension_numbers: Optional[WeightDimNumOrFn] = None,
+) -> optax.GradientTransformation:
+    r"""Dion for matrices, and another optimizer for vectors, scalars, embeddings and the head.
+
+    For the algorithm and the arguments that are not here see :func:`scale_by_dion`.
+
+    With :func:`optax.inject_hyperparams`, give it the names of arguments that are functions or
+    dtypes, and, to ``init`` under ``jit``, also ``rank_fraction`` and ``rank_multiple_of``, in
+    ``static_args``.
+
+    Args:
+      learning_rate: A number or a schedule. One that suits AdamW.
+      weight_decay: Decoupled, times the learning rate.
+      weight_decay_mask: Tree of booleans, or a prefix of one, or a function from parameters to such
+        a tree, of what is to decay.
+      scalar_optimizer: For the parameters that are no matrices, with a learning rate of its own.
+        ``None`` stands for ``optax.adamw(learning_rate, b2=0.95)`` with the same weight decay and
+        mask.
+      weight_dimension_numbers: Which axes of which parameters make a matrix, and ``None`` for what
+        is left to ``scalar_optimizer``: a tree of ``optax.contrib.MuonDimensionNumbers``, or a
+        prefix of one, or a function from parameters to such a tree. ``None`` stands for
+        :func:`matrix_dimension_numbers`.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformation`.
+
+    Raises:
+      ValueError: If a value is out of its range, or axes do not fit a parameter.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from olmo_optim_ext.jax import dion
+      >>> target = jnp.outer(jnp.arange(8.0), jnp.ones(6))
+      >>> loss = lambda params: jnp.mean((params["kernel"] + params["bias"] - target) ** 2)
+      >>> params = {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}
+      >>> optimizer = dion(learning_rate=0.1, rank_fraction=0.5)
+      >>> state = optimizer.init(params)
+      >>> for _ in range(100):
+      ...   updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+      ...   params = optax.apply_updates(params, updates)
+      >>> bool(loss(params) < 1e-2)
+      True
+
+    References:
+      Ahn et al., `Dion: Distributed Orthonormalized Updates
+      <https://arxiv.org/abs/2504.05295>`_, 2025
+    """
+    if weight_dimension_numbers is None:
+        weight_dimension_numbers = matrix_dimension_numbers
+
+    def labels(params: optax.Params) -> Any:
+        found = matrices_of(weight_dimension_numbers, params)
+        return jax.tree.map(lambda x: "dion" if isinstance(x, Matrix) else "scalar", found)
+
+    if scalar_optimizer is None:
+        scalar_optimizer = optax.adamw(
+            learning_rate, b2=0.95, weight_decay=weight_decay, mask=weight_decay_mask
+        )
+    matrix_optimizer = optax.chain(
+        scale_by_dion(
+            momentum_decay=momentum_decay,
+            rank_fraction=rank_fraction,
+            rank_multiple_of=rank_multiple_of,
+            eps=eps,
+            orthonormalize=orthonormalize,
+            key=key,
+            momentum_dtype=momentum_dtype,
+            basis_dtype=basis_dtype,
+            weight_dimension_numbers=weight_dimension_numbers,
+        ),
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    both = optax.partition({"dion": matrix_optimizer, "scalar": scalar_optimizer}, labels)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: beside(both.init(params), params), both.update
+    )
+
+
+def _thin_rank(fraction: float, multiple_of: int, matrix: Matrix) -> int:
+    """``r``: a fraction of the smaller side, rounded up to a multiple, at most that side."""
+    smaller = min(matrix.n_out, matrix.n_in)
+    return min(smaller, multiple_of * math.ceil(fraction * smaller / multiple_of))
+
+
+def _first_basis(
+    matrix: Matrix, rank: int, dtype: jax.typing.DTypeLike, key: jax.Array, param: jax.Array
+) -> jax.Array:
+    """Gaussian, on the devices of the parameter and divided as its axes are."""
+    axes = matrix.batch + matrix.shorter
+    basis = jax.random.normal(key, (*matrix.sizes(axes), rank), _wide(dtype)).astype(dtype)
+    return like_axes(basis, param, (*axes, None))
+
+
+def _wide(dtype: jax.typing.DTypeLike) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _stream(key: jax.Array, count: Union[jax.Array, int], name: str) -> jax.Array:
+    """The key of one parameter in one step; step 0 is that of the first basis."""
+    return jax.random.fold_in(jax.random.fold_in(key, count), zlib.crc32(name.encode()))
+
+
+def _typed_key(key: Key) -> jax.Array:
+    if isinstance(key, int):
+        return jax.random.key(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
+
+
+def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:
+    """Of plain numbers only: inject_hyperparams makes arrays, which may be traced."""
+    if isinstance(value, (int, float)) and not fits(value):
+        raise ValueError(f"{name} is {value}, and must be {allowed}")
+
+
+def _static(name: str, value: Any) -> float:
+    """A number that decides shapes."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} decides shapes, and is traced: name it in static_args of inject_hyperparams"
+        )
+    # inject_hyperparams makes float32 of it: its shortest decimal is what was typed.
+    return float(str(np.asarray(value)[()]))

@@ -1,0 +1,170 @@
+"""
+Which parameters are matrices, and along which of their axes.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any, Callable, Optional, Sequence, Tuple, Union
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+__all__ = ["Matrix", "WeightDimNumOrFn", "matrices_of", "matrix_dimension_numbers"]
+
+WeightDimNumOrFn = Union[MuonDimensionNumbers, Any, Callable[[optax.Params], Any]]
+
+_EMBEDDING_OR_HEAD = re.compile(
+    r"embed|^w[tp]e$|^(lm_?head|head|output_head|logits|unembed\w*|classifier)(_\d+)?$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter as a stack of matrices ``(out, in)``, each of which several axes may make."""
+
+    name: str
+    """The path of the parameter."""
+
+    shape: Tuple[int, ...]
+    """Of the parameter."""
+
+    inputs: Tuple[int, ...]
+    """Axes that are summed over where the layer is applied."""
+
+    outputs: Tuple[int, ...]
+    """Axes that its result has."""
+
+    @property
+    def n_in(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.inputs)
+
+    @property
+    def n_out(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.outputs)
+
+    @property
+    def longer(self) -> Tuple[int, ...]:
+        """Axes of the longer side; of a square matrix the outputs."""
+        return self.inputs if self.n_in > self.n_out else self.outputs
+
+    @property
+    def shorter(self) -> Tuple[int, ...]:
+        return self.outputs if self.n_in > self.n_out else self.inputs
+
+    @property
+    def batch(self) -> Tuple[int, ...]:
+        """Axes over which matrices are stacked."""
+        matrix = (*self.inputs, *self.outputs)
+        return tuple(axis for axis in range(len(self.shape)) if axis not in matrix)
+
+    def labels(self, axes: Optional[Sequence[int]] = None) -> str:
+        """A letter for each of these axes, or for all, as einsum wants them."""
+        axes = range(len(self.shape)) if axes is None else axes
+        return "".join(ascii_lowercase[axis] for axis in axes)
+
+    def sizes(self, axes: Sequence[int]) -> Tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in axes)
+
+
+def matrix_dimension_numbers(params: optax.Params) -> Any:
+    """Axes of the parameters that Dion is for: the default of :func:`dion`.
+
+    These are arrays of two dimensions, none of them 1, that are no embedding and no output head.
+    Which are is seen by the names on the way to the parameter: one that contains ``embed``, or is
+    ``wte``, ``wpe``, ``head``, ``lm_head``, ``output_head``, ``logits`` or ``classifier``, perhaps
+    with a number. A head of another name has to be told: with Dion it trains badly.
+
+    Args:
+      params: Parameters, or anything with shapes in their tree.
+
+    Returns:
+      The tree, with ``optax.contrib.MuonDimensionNumbers()`` for matrices, which is ``(in, out)``,
+      and ``None`` for others. Change it where it is wrong, or where matrices are stacked::
+
+        def axes(params):
+            axes = matrix_dimension_numbers(params)
+            axes["layers"]["kernel"] = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+            return axes
+    """
+
+    def of_leaf(path: Any, leaf: Any) -> Optional[MuonDimensionNumbers]:
+        named = any(_EMBEDDING_OR_HEAD.search(_name(key)) for key in path)
+        shape = _shape(leaf)
+        is_matrix = len(shape) == 2 and min(shape) > 1 and not named
+        return MuonDimensionNumbers() if is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def _name(key: Any) -> str:
+    """Of an entry of a path."""
+    for field in ("key", "name", "idx"):
+        if hasattr(key, field):
+            return str(getattr(key, field))
+    return str(key)
+
+
+def matrices_of(spec: Optional[WeightDimNumOrFn], params: optax.Params) -> Any:
+    """
+    A tree like ``params`` with a :class:`Matrix` for each parameter that is one, and its path, a
+    ``str``, for each other.
+
+    :param spec: Dimension numbers of all, or a tree of them with ``None`` for what is no matrix,
+        which may be a prefix, or a function from parameters to such a tree. ``None`` stands for
+        two-dimensional ones.
+
+    :raises ValueError: If they do not fit the parameters.
+    """
+    if callable(spec):
+        spec = spec(params)
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or isinstance(x, MuonDimensionNumbers)
+
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    if spec is None:
+        return jax.tree.map(_matrix_of_two_axes, params, paths)
+
+    def below(dims: Optional[MuonDimensionNumbers], params: Any, paths: Any) -> Any:
+        return jax.tree.map(lambda x, path: _matrix(_shape(x), dims, path), params, paths)
+
+    return jax.tree.map(below, spec, params, paths, is_leaf=is_leaf)
+
+
+def _matrix_of_two_axes(x: Any, path: str) -> Union[Matrix, str]:
+    shape = _shape(x)
+    return _matrix(shape, MuonDimensionNumbers(), path) if len(shape) == 2 else path
+
+
+def _matrix(
+    shape: Tuple[int, ...], dims: Optional[MuonDimensionNumbers], path: str
+) -> Union[Matrix, str]:
+    if dims is None:
+        return path
+    if not isinstance(dims, MuonDimensionNumbers):
+        raise ValueError(
+            f"weight_dimension_numbers has {dims!r} for the parameter {path}, and must have "
+            f"MuonDimensionNumbers or None"
+        )
+    inputs, outputs = (_axes(axes, len(shape)) for axes in dims)
+    named = (*inputs, *outputs)
+    if not inputs or not outputs or len(set(named)) < len(named) or None in named:
+        raise ValueError(
+            f"{dims} does not fit the parameter {path} of shape {shape}: reduction_axis and "
+            f"output_axis must name different axes of it"
+        )
+    return Matrix(path, shape, inputs, outputs)
+
+
+def _shape(x: Any) -> Tuple[int, ...]:
+    return tuple(getattr(x, "shape", ()))
+
+
+def _axes(axes: Union[int, Sequence[int]], ndim: int) -> Tuple[Any, ...]:
+    """None for an axis that there is not."""
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    return tuple(axis % ndim if -ndim <= axis < ndim else None for axis in axes)

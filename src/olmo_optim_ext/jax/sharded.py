@@ -1,0 +1,92 @@
+"""
+Products of arrays that may be sharded, and state on the devices of the parameters.
+
+With mesh axes of type ``Auto`` the compiler places results. With axes of type ``Explicit`` the
+program has to say where the result of a product is whose summed axis is sharded: here always
+where its own axes are in the operands.
+"""
+
+from typing import Any, Iterable, Optional, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+__all__ = ["beside", "contract", "explicit_sharding", "like_axes", "reshard"]
+
+
+def contract(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """
+    ``jnp.einsum``, of two arrays of one dtype, without ``"..."``.
+
+    The highest precision is asked for: by default accelerators round float32 operands of products,
+    TPUs to bfloat16 and recent GPUs to TF32, of which three to four digits are left.
+    """
+    operands, output = subscripts.split("->")
+    placed: dict[str, Any] = {}
+    mesh = None
+    for labels, operand in zip(operands.split(","), (x, y)):
+        sharding = explicit_sharding(operand)
+        if sharding is None:
+            continue
+        mesh = sharding.mesh
+        for label, axis in zip(labels, sharding.spec):
+            if axis is not None:
+                placed.setdefault(label, axis)
+    out = None
+    if mesh is not None:
+        out = NamedSharding(mesh, PartitionSpec(*(placed.get(label) for label in output)))
+    return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
+
+
+def explicit_sharding(x: jax.Array) -> Optional[NamedSharding]:
+    """The sharding that is part of the type of ``x``, if its mesh has explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def reshard(x: jax.Array, like: NamedSharding, spec: Iterable[Any]) -> jax.Array:
+    """``x`` with its axes over these of a mesh with explicit ones."""
+    return jax.sharding.reshard(x, NamedSharding(like.mesh, PartitionSpec(*spec)))
+
+
+def like_axes(x: jax.Array, like: jax.Array, axes: Sequence[Optional[int]]) -> jax.Array:
+    """
+    ``x``, on the devices of ``like``, its axes divided as these of ``like``, and not where that is
+    ``None``. What is traced with axes of type ``Auto`` stays where the compiler puts it.
+    """
+
+    def spec(sharding: NamedSharding) -> PartitionSpec:
+        divided = dict(enumerate(sharding.spec))
+        return PartitionSpec(*(None if axis is None else divided.get(axis) for axis in axes))
+
+    if _is_traced(like):
+        sharding = explicit_sharding(like)
+        return x if sharding is None else reshard(x, sharding, spec(sharding))
+    if not like.committed:  # nor is x then, which a committed array would make compile anew
+        return x
+    if isinstance(like.sharding, NamedSharding):
+        return jax.device_put(x, NamedSharding(like.sharding.mesh, spec(like.sharding)))
+    return jax.device_put(x, like.sharding)
+
+
+def beside(state: Any, params: Any) -> Any:
+    """
+    ``state`` with whole copies of what is on no device yet, such as counters, on all devices of the
+    parameters, where a step will leave them: the second step would compile anew otherwise.
+    """
+    for param in jax.tree.leaves(params):
+        if not isinstance(param, jax.Array) or _is_traced(param) or not param.committed:
+            continue
+        sharding = param.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: x if x.committed else jax.device_put(x, sharding),  # noqa: B023
+            state,
+        )
+    return state
+
+
+def _is_traced(x: jax.Array) -> bool:
+    return isinstance(x, jax.core.Tracer)
