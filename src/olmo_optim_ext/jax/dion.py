@@ -191,11 +191,16 @@ def _step(
 def _orthonormal(
     x: jax.Array, matrix: Matrix, method: orthonormal.Method, key: jax.Array
 ) -> jax.Array:
-    """The axes of the stack, those of the longer side as one, ``r``; back in the shape of ``x``."""
+    """``P``, in the shape of ``x``: axes of the stack, those of the longer side, ``r``."""
+    sharding = explicit_sharding(x)
+    n_batch = len(matrix.batch)
+    if sharding is not None and any(sharding.spec[n_batch + 1 : -1]):
+        # These axes become one: its rows on a device would be no range of rows.
+        whole = [*sharding.spec[:n_batch], *(None for _ in matrix.longer), None]
+        x = reshard(x, sharding, whole)
     rows = math.prod(matrix.sizes(matrix.longer))
     flat = x.reshape(*matrix.sizes(matrix.batch), rows, x.shape[-1])
     p = orthonormal.orthonormalize(flat, method, key).reshape(x.shape)
-    sharding = explicit_sharding(x)
     return p if sharding is None else reshard(p, sharding, sharding.spec)
 
 

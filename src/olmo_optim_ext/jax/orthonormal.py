@@ -72,7 +72,8 @@ def orthonormalize(
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     finite = jnp.all(jnp.isfinite(top), axis=-1, keepdims=True)
-    usable = finite & jnp.any(top > 0, axis=-1, keepdims=True)
+    there = top > 0
+    usable = finite & jnp.any(there, axis=-1, keepdims=True)
     # Per column, which changes no Q: squares neither overflow nor vanish, and what depends on what
     # shows whatever the scales are. A power of two divides without rounding.
     top = jnp.maximum(top, jnp.finfo(x.dtype).tiny)
@@ -82,7 +83,7 @@ def orthonormalize(
     if method == "qr" or (method == "rcqr" and rows >= m):
         q = _householder(x)
     else:
-        q = _randomized_cholesky(x, key, rows) if method == "rcqr" else _cholesky(_cholesky(x))
+        q = _sketched(x, there, key, rows) if method == "rcqr" else _cholesky(_cholesky(x))
         good = _is_orthonormal(q) | ~usable
         q = jax.lax.cond(
             jnp.all(good),
@@ -102,14 +103,15 @@ def _householder(x: jax.Array) -> jax.Array:
     return q if sharding is None else reshard(q, sharding, sharding.spec)
 
 
-def _randomized_cholesky(x: jax.Array, key: Union[jax.Array, int], rows: int) -> jax.Array:
+def _sketched(x: jax.Array, there: jax.Array, key: Union[jax.Array, int], rows: int) -> jax.Array:
+    """Randomised Cholesky QR."""
     key = jax.random.key(key) if isinstance(key, int) else key
     m, r = x.shape[-2:]
     # From N(0, 1 / rows): keeps lengths, on average.
     sketch = jax.random.normal(key, (rows, m), x.dtype) * rows**-0.5
     # A column of zeros, of which the basis has one where the momentum lacks a direction, would make
     # every step fall back. Rows of the sketch are random and at hand.
-    x = jnp.where(jnp.any(x != 0, axis=-2, keepdims=True), x, sketch[:r].T)
+    x = jnp.where(there, x, sketch[:r].T)
     batch = ascii_lowercase[: x.ndim - 2]
     triangle = jnp.linalg.qr(contract(f"KM,{batch}MR->{batch}KR", sketch, x), mode="r")
     triangle = triangle * _signs(triangle)[..., None]
@@ -131,6 +133,9 @@ def _divide(x: jax.Array, triangle: jax.Array) -> jax.Array:
     the order of the triangle's condition number times a rounding, is what rounding of ``x`` causes.
     """
     eye = jnp.broadcast_to(jnp.eye(triangle.shape[-1], dtype=x.dtype), triangle.shape)
+    sharding = explicit_sharding(triangle)
+    if sharding is not None:
+        eye = reshard(eye, sharding, sharding.spec)
     inverse = jax.lax.linalg.triangular_solve(triangle, eye, left_side=True, lower=False)
     batch = ascii_lowercase[: x.ndim - 2]
     return contract(f"{batch}MR,{batch}RS->{batch}MS", x, inverse)

@@ -33,10 +33,16 @@ def contract(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
         for label, axis in zip(labels, sharding.spec):
             if axis is not None:
                 placed.setdefault(label, axis)
-    out = None
-    if mesh is not None:
-        out = NamedSharding(mesh, PartitionSpec(*(placed.get(label) for label in output)))
-    return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=out)
+    if mesh is None:
+        return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)
+    # A whole operand is cut as the other one is, which moves nothing; left alone, the compiler may
+    # bring the other one together.
+    specs = [
+        NamedSharding(mesh, PartitionSpec(*map(placed.get, labels)))
+        for labels in (*operands.split(","), output)
+    ]
+    x, y = jax.sharding.reshard((x, y), (specs[0], specs[1]))
+    return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=specs[2])
 
 
 def explicit_sharding(x: jax.Array) -> Optional[NamedSharding]:
