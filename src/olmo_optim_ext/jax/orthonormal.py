@@ -4,7 +4,7 @@ Orthonormal bases of the columns of tall matrices, under ``jit`` and of sharded 
 
 import math
 from string import ascii_lowercase
-from typing import Literal, Union
+from typing import Literal, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,13 @@ def orthonormalize(
     """The ``Q`` of ``x = Q R`` with a positive diagonal of ``R``, for each matrix of a stack.
 
     Columns that depend on those before them, up to rounding, become arbitrary ones orthonormal to
-    all others. A zero matrix gives zero, one that is not finite NaN.
+    these. A zero matrix gives zero, one that is not finite NaN.
 
     The Cholesky methods consist of products with ``x`` and of factorisations of small matrices, so
-    that rows can be sharded. Where Cholesky fails, or what comes out is not orthonormal to
-    ``sqrt(eps)``, the matrix is done again by Householder QR, which brings its rows together; this
-    is a ``lax.cond``, and nothing of it runs in a step that does not need it (but under
-    ``jax.vmap``, which computes both sides: give the stack as it is instead).
+    that rows can be sharded. Where Cholesky fails, or the result is not orthonormal or does not
+    span ``x`` to ``sqrt(eps) / 4``, the matrix is done again by Householder QR, which brings its
+    rows together; this is a ``lax.cond``, and nothing of it runs in a step that does not need it
+    (but under ``jax.vmap``, which computes both sides: give the stack as it is instead).
 
     Args:
       x: Shape ``(..., m, r)`` with ``m >= r``.
@@ -83,8 +83,14 @@ def orthonormalize(
     if method == "qr" or (method == "rcqr" and rows >= m):
         q = _householder(x)
     else:
-        q = _sketched(x, there, key, rows) if method == "rcqr" else _cholesky(_cholesky(x))
-        good = _is_orthonormal(q) | ~usable
+        if method == "rcqr":
+            q, error = _sketched(x, there, key, rows)
+        else:
+            q, error = _cholesky(x)
+            q, _ = _cholesky(q)
+        tolerance = jnp.finfo(x.dtype).eps ** 0.5 / 4
+        good = (error <= tolerance) & (_distance(q) <= tolerance)
+        good = good[..., None, None] | ~usable
         q = jax.lax.cond(
             jnp.all(good),
             lambda q, x, good: q,
@@ -103,8 +109,10 @@ def _householder(x: jax.Array) -> jax.Array:
     return q if sharding is None else reshard(q, sharding, sharding.spec)
 
 
-def _sketched(x: jax.Array, there: jax.Array, key: Union[jax.Array, int], rows: int) -> jax.Array:
-    """Randomised Cholesky QR."""
+def _sketched(
+    x: jax.Array, there: jax.Array, key: Union[jax.Array, int], rows: int
+) -> Tuple[jax.Array, jax.Array]:
+    """Randomised Cholesky QR, and what of ``x`` it may not span."""
     key = jax.random.key(key) if isinstance(key, int) else key
     m, r = x.shape[-2:]
     # From N(0, 1 / rows): keeps lengths, on average.
@@ -114,23 +122,28 @@ def _sketched(x: jax.Array, there: jax.Array, key: Union[jax.Array, int], rows: 
     x = jnp.where(there, x, sketch[:r].T)
     batch = ascii_lowercase[: x.ndim - 2]
     triangle = jnp.linalg.qr(contract(f"KM,{batch}MR->{batch}KR", sketch, x), mode="r")
-    triangle = triangle * _signs(triangle)[..., None]
     # Of a condition number near that of the sketch on a subspace, whatever that of x is.
-    return _cholesky(_divide(x, triangle))
+    y, error = _divide(x, triangle * _signs(triangle)[..., None])
+    return _cholesky(y)[0], error
 
 
-def _cholesky(x: jax.Array) -> jax.Array:
-    """``x L^-T`` with ``x^T x = L L^T``; NaN where Cholesky fails."""
+def _cholesky(x: jax.Array) -> Tuple[jax.Array, jax.Array]:
+    """
+    ``x L^-T`` with ``x^T x = L L^T``, NaN where Cholesky fails; and what of ``x`` it may not span.
+    """
     batch = ascii_lowercase[: x.ndim - 2]
     lower = jnp.linalg.cholesky(contract(f"{batch}MR,{batch}MS->{batch}RS", x, x))
     return _divide(x, jnp.swapaxes(lower, -1, -2))
 
 
-def _divide(x: jax.Array, triangle: jax.Array) -> jax.Array:
+def _divide(x: jax.Array, triangle: jax.Array) -> Tuple[jax.Array, jax.Array]:
     """
-    ``x triangle^-1``, an upper triangle. By its inverse: the compiler does not divide the rows of a
-    triangular solve over devices, and a product is what accelerators are fast at. The error, of
-    the order of the triangle's condition number times a rounding, is what rounding of ``x`` causes.
+    ``y = x triangle^-1``, an upper triangle, and an estimate of how far ``y triangle`` is from
+    ``x``, relative to its columns: ``(...)``.
+
+    By the inverse: the compiler does not divide the rows of a triangular solve over devices, and a
+    product is what accelerators are fast at. Both have errors of this size, which is large where a
+    column depends on those before it, and others follow.
     """
     eye = jnp.broadcast_to(jnp.eye(triangle.shape[-1], dtype=x.dtype), triangle.shape)
     sharding = explicit_sharding(triangle)
@@ -138,21 +151,23 @@ def _divide(x: jax.Array, triangle: jax.Array) -> jax.Array:
         eye = reshard(eye, sharding, sharding.spec)
     inverse = jax.lax.linalg.triangular_solve(triangle, eye, left_side=True, lower=False)
     batch = ascii_lowercase[: x.ndim - 2]
-    return contract(f"{batch}MR,{batch}RS->{batch}MS", x, inverse)
+    y = contract(f"{batch}MR,{batch}RS->{batch}MS", x, inverse)
+    # A column of y has the rounding of a sum of columns of x, and goes into x by a row of triangle.
+    growth = jnp.linalg.norm(inverse, axis=-2) * jnp.linalg.norm(triangle, axis=-1)
+    return y, jnp.finfo(x.dtype).eps * jnp.max(growth, axis=-1)
 
 
-def _is_orthonormal(q: jax.Array) -> jax.Array:
+def _distance(q: jax.Array) -> jax.Array:
     """
-    Whether ``q^T q v = v`` for a vector, which finds what is far from it in a fraction of the time
-    of ``q^T q``. Shape ``(..., 1, 1)``; false where ``q`` is not finite.
+    Of ``q^T q`` from the identity, as a vector shows it, which finds what is not orthonormal in a
+    fraction of the time of ``q^T q``; ``(...)``.
     """
     # No symmetry of q is likely to hide behind these.
     v = jnp.sin(jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype))
     batch = ascii_lowercase[: q.ndim - 2]
     product = contract(f"{batch}MR,R->{batch}M", q, v)
     product = contract(f"{batch}MR,{batch}M->{batch}R", q, product)
-    error = jnp.linalg.norm(product - v, axis=-1)
-    return (error <= jnp.finfo(q.dtype).eps ** 0.5 * jnp.linalg.norm(v))[..., None, None]
+    return jnp.linalg.norm(product - v, axis=-1) / jnp.linalg.norm(v)
 
 
 def _signs(triangle: jax.Array) -> jax.Array:
