@@ -107,6 +107,9 @@ def scale_by_dion(
     if orthonormalize not in orthonormal.METHODS:
         allowed = ", ".join(orthonormal.METHODS)
         raise ValueError(f"orthonormalize is {orthonormalize!r}, and must be one of {allowed}")
+    for name, dtype in (("momentum_dtype", momentum_dtype), ("basis_dtype", basis_dtype)):
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{name} is {jnp.dtype(dtype)}, and must be a floating-point one")
     key_impl = jax.random.key_impl(_typed_key(key))
 
     def matrices(tree: Any) -> List[Matrix]:
@@ -126,6 +129,8 @@ def scale_by_dion(
         root = _typed_key(key)
         bases = []
         for matrix, param in zip(matrices(params), leaves):
+            if not jnp.issubdtype(param.dtype, jnp.floating):
+                raise ValueError(f"the parameter {matrix.name} is of {param.dtype}, not of floats")
             rank = _thin_rank(fraction, multiple_of, matrix)
             dtype = _wide(param.dtype) if basis_dtype is None else basis_dtype
             bases.append(_first_basis(matrix, rank, dtype, _stream(root, 0, matrix.name), param))
@@ -339,11 +344,20 @@ def _stream(key: jax.Array, count: Union[jax.Array, int], name: str) -> jax.Arra
 
 
 def _typed_key(key: Key) -> jax.Array:
-    if isinstance(key, int):
+    if isinstance(key, (int, np.integer)):
         return jax.random.key(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
+    if isinstance(key, jax.Array) and key.ndim == 0:
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if jnp.issubdtype(key.dtype, jnp.integer):
+            return jax.random.key(key)
+    if getattr(key, "dtype", None) == jnp.uint32 and key.shape == _key_shape():
+        return jax.random.wrap_key_data(key)
+    raise ValueError(f"key is {key!r}, and must be a PRNG key or an integer")
+
+
+def _key_shape() -> Tuple[int, ...]:
+    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
 
 
 def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:

@@ -157,6 +157,8 @@ def _matrix(
             f"{dims} does not fit the parameter {path} of shape {shape}: reduction_axis and "
             f"output_axis must name different axes of it"
         )
+    if 0 in shape:
+        raise ValueError(f"the parameter {path} of shape {shape} has no elements")
     return Matrix(path, shape, inputs, outputs)
 
 
