@@ -138,10 +138,12 @@ def test_scales_of_columns_change_nothing(scale, method):
 
 
 def test_float64_stays_so():
-    with jax.enable_x64(True):
-        x = matrix((300, 24))
-        q = orthonormalize(jnp.asarray(x))
-        assert q.dtype == jnp.float64 and off(q) < 1e-13
+    jax.config.update("jax_enable_x64", True)
+    try:
+        q = orthonormalize(jnp.asarray(matrix((300, 24))))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert q.dtype == jnp.float64 and off(q) < 1e-13
 
 
 def test_a_matrix_that_is_not_tall_is_refused():
