@@ -7,9 +7,8 @@ Dion for Optax against optax.contrib.muon and optax.adamw, on a transformer's ma
 
 ``communication`` compiles steps for eight devices and runs none: bytes that a device sends in a
 ring, of float32 gradients and parameters, without the gradients' own reduction, and the largest
-array, as a share of the matrix. ``memory`` counts
-the state, and asks the compiler what a step needs besides its arguments. ``steps`` times steps of
-all in turn, on one device.
+array, as a share of the matrix. ``memory`` counts the state, and asks the compiler what a step
+needs besides its arguments. ``steps`` times steps of all in turn, on one device.
 """
 
 import argparse
@@ -90,14 +89,15 @@ def moved_by(
 
 def communication(width: int) -> None:
     """
-    Branches that are not taken send nothing. The compiler gathers for each product of Muon's; one
-    gather of the matrix, which a program could ask for, is the least that whole matrices take.
+    Branches that are not taken send nothing. As the compiler gathers for each product of Muon's,
+    there are two bounds that a program could reach: every device gathers every matrix once, or each
+    matrix goes to one device, which sends the update back.
     """
     matrices = block(width)
-    gather = 7 / 8 * nbytes(params_of(width)) / 1e6
-    header(
-        "MB a step and device", "layout", *matrices, "a block", "to muon", "to one gather", "array"
-    )
+    gathers = 7 / 8 * nbytes(params_of(width)) / 1e6
+    owners = 2 / 8 * gathers
+    ratios = ("to muon", "to gathers", "to owners")
+    header("MB a step and device", "layout", *matrices, "a block", *ratios, "largest")
     for layout in LAYOUTS:
         lines = {}
         for name, optimizer in optimizers().items():
@@ -115,7 +115,7 @@ def communication(width: int) -> None:
         for name, (sent, largest) in lines.items():
             cells = [f"{sent[matrix]:.2f}" for matrix in matrices]
             cells.append(f"{totals[name]:.2f}")
-            cells += [f"{totals[name] / whole:.3f}" for whole in (totals["muon"], gather)]
+            cells += [f"{totals[name] / to:.3f}" for to in (totals["muon"], gathers, owners)]
             row(name, layout, *cells, f"{largest:.2f}")
     print()
     for name, optimizer in optimizers().items():

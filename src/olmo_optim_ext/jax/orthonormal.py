@@ -116,12 +116,13 @@ def _sketched(
     key = jax.random.key(key) if isinstance(key, int) else key
     m, r = x.shape[-2:]
     # From N(0, 1 / rows): keeps lengths, on average.
-    sketch = jax.random.normal(key, (rows, m), x.dtype) * rows**-0.5
+    sketch = jax.random.normal(key, (m, rows), x.dtype) * rows**-0.5
     # A column of zeros, of which the basis has one where the momentum lacks a direction, would make
-    # every step fall back. Rows of the sketch are random and at hand.
-    x = jnp.where(there, x, sketch[:r].T)
+    # every step fall back. Columns of the sketch are random and at hand; rows would be transposed
+    # within the products, which the compiler does slowly.
+    x = jnp.where(there, x, sketch[:, :r])
     batch = ascii_lowercase[: x.ndim - 2]
-    triangle = jnp.linalg.qr(contract(f"KM,{batch}MR->{batch}KR", sketch, x), mode="r")
+    triangle = jnp.linalg.qr(contract(f"MK,{batch}MR->{batch}KR", sketch, x), mode="r")
     # Of a condition number near that of the sketch on a subspace, whatever that of x is.
     y, error = _divide(x, triangle * _signs(triangle)[..., None])
     return _cholesky(y)[0], error
