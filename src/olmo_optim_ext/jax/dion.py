@@ -62,8 +62,9 @@ def scale_by_dion(
     The matrix is that of shape :math:`(n_{out}, n_{in})` or, if it is wide, its transpose, so that
     :math:`P` has the longer side. It is only ever multiplied by thin matrices: where it is sharded,
     no device has the whole of it. Call ``init`` outside of ``jit`` with sharded parameters, and the
-    state is sharded as they are, the basis as its axes are; under ``jit`` that needs
-    ``out_shardings``, as with other transformations, unless the axes of the mesh are ``Explicit``.
+    state is sharded as they are, the basis as its axes are. Under ``jit`` that needs
+    ``out_shardings``, as with other transformations, or a mesh of ``Explicit`` axes that
+    ``jax.set_mesh`` has set.
 
     All products are made in float32 at least, also for bfloat16 parameters, and ask for the highest
     precision. This was run on CPU, with one and with eight devices, on no accelerator and in one
@@ -110,7 +111,7 @@ def scale_by_dion(
     for name, dtype in (("momentum_dtype", momentum_dtype), ("basis_dtype", basis_dtype)):
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{name} is {jnp.dtype(dtype)}, and must be a floating-point one")
-    key_impl = jax.random.key_impl(_typed_key(key))
+    key_impl = _impl_of(key)
 
     def matrices(tree: Any) -> List[Matrix]:
         found = jax.tree.leaves(matrices_of(weight_dimension_numbers, tree))
@@ -176,7 +177,7 @@ def _step(
     key: jax.Array,
 ) -> Tuple[jax.Array, jax.Array, jax.Array]:
     """Of one parameter: the update, the new momentum and the new basis."""
-    dtype = _wide(grad.dtype)
+    dtype = jnp.promote_types(_wide(grad.dtype), momentum.dtype)
     # Letters of the axes of the parameter, of P and of R and V.
     whole = matrix.labels()
     left = matrix.labels(matrix.batch + matrix.longer) + "R"
@@ -343,21 +344,25 @@ def _stream(key: jax.Array, count: Union[jax.Array, int], name: str) -> jax.Arra
     return jax.random.fold_in(jax.random.fold_in(key, count), zlib.crc32(name.encode()))
 
 
-def _typed_key(key: Key) -> jax.Array:
+def _impl_of(key: Key) -> Any:
+    """How a key draws; ``None`` is the default. Makes no array, which would start up devices."""
     if isinstance(key, (int, np.integer)):
-        return jax.random.key(key)
-    if isinstance(key, jax.Array) and key.ndim == 0:
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return key
-        if jnp.issubdtype(key.dtype, jnp.integer):
-            return jax.random.key(key)
-    if getattr(key, "dtype", None) == jnp.uint32 and key.shape == _key_shape():
-        return jax.random.wrap_key_data(key)
+        return None
+    dtype, ndim = getattr(key, "dtype", None), jnp.ndim(key)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0:
+        return jax.random.key_impl(key)
+    a_seed = ndim == 0 and dtype is not None and jnp.issubdtype(dtype, jnp.integer)
+    if a_seed or (dtype == jnp.uint32 and ndim == 1):
+        return None
     raise ValueError(f"key is {key!r}, and must be a PRNG key or an integer")
 
 
-def _key_shape() -> Tuple[int, ...]:
-    return jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+def _typed_key(key: Key) -> jax.Array:
+    if isinstance(key, (int, np.integer)):
+        return jax.random.key(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
 
 
 def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:

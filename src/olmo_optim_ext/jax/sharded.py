@@ -69,7 +69,8 @@ def like_axes(x: jax.Array, like: jax.Array, axes: Sequence[Optional[int]]) -> j
     if _is_traced(like):
         sharding = explicit_sharding(like)
         return x if sharding is None else reshard(x, sharding, spec(sharding))
-    if not like.committed:  # nor is x then, which a committed array would make compile anew
+    # Where like is on no device yet x is not either, or the next step would compile anew.
+    if not isinstance(like, jax.Array) or not like.committed:
         return x
     if isinstance(like.sharding, NamedSharding):
         return jax.device_put(x, NamedSharding(like.sharding.mesh, spec(like.sharding)))

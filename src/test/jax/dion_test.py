@@ -289,8 +289,10 @@ def test_a_state_that_is_donated_takes_nothing_of_the_users_with_it():
         ({"rank_multiple_of": 1.5}, "rank_multiple_of is 1.5"),
         ({"eps": 0.0}, "eps is 0.0, and must be > 0"),
         ({"orthonormalize": "svd"}, "orthonormalize is 'svd', and must be one of rcqr, cqr, qr"),
-        ({"key": jnp.zeros(3)}, "key"),
-        ({"key": 0.5}, "key"),
+        ({"key": jnp.zeros(3)}, "key is .* and must be a PRNG key or an integer"),
+        ({"key": 0.5}, "key is 0.5"),
+        ({"key": None}, "key is None"),
+        ({"key": jnp.zeros((2, 2), jnp.uint32)}, "key is "),
         ({"momentum_dtype": jnp.int32}, "momentum_dtype is int32"),
         ({"basis_dtype": "int8"}, "basis_dtype is int8"),
     ],
@@ -322,6 +324,18 @@ def test_a_parameter_that_is_no_matrix_is_refused(params, spec, message):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match=r"\['w'\] is of int32"):
         scale_by_dion().init({"w": jnp.zeros((4, 3), jnp.int32)})
+
+
+def test_parameters_may_be_arrays_of_numpy_or_shapes_only():
+    params = {"w": np.zeros((20, 8), np.float32)}
+    optimizer = scale_by_dion()
+    state = optimizer.init(params)
+    shapes = jax.eval_shape(optimizer.init, params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    updates, _ = optimizer.update({"w": np.ones((20, 8), np.float32)}, state)
+    assert updates["w"].shape == (20, 8)
 
 
 def test_masked_leaves_others_alone():
