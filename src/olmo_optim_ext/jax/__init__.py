@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         f"olmo_optim_ext.jax needs {error.name}: pip install 'olmo-optim-ext[jax]'"
     ) from error
 
-from .dion import ScaleByDionState, dion, scale_by_dion
+from ._dion import ScaleByDionState, dion, scale_by_dion
 from .matrices import matrix_dimension_numbers
 from .orthonormal import orthonormalize
 

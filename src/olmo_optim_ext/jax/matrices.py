@@ -12,22 +12,18 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-__all__ = ["Matrix", "WeightDimNumOrFn", "matrices_of", "matrix_dimension_numbers"]
+__all__ = ["Matrix", "WeightDimNumOrFn", "Parameter", "matrix_dimension_numbers", "parameters_of"]
 
 WeightDimNumOrFn = Union[MuonDimensionNumbers, Any, Callable[[optax.Params], Any]]
 
 _EMBEDDING_OR_HEAD = re.compile(
-    r"embed|^w[tp]e$|^(lm_?head|head|output_head|logits|unembed\w*|classifier)(_\d+)?$",
-    re.IGNORECASE,
+    r"embed|^w[tp]e$|(^|_)head(_\d+)?$|^lmhead$|^(logits|classifier)(_\d+)?$", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True)
 class Matrix:
     """A parameter as a stack of matrices ``(out, in)``, each of which several axes may make."""
-
-    name: str
-    """The path of the parameter."""
 
     shape: Tuple[int, ...]
     """Of the parameter."""
@@ -74,9 +70,10 @@ def matrix_dimension_numbers(params: optax.Params) -> Any:
     """Axes of the parameters that Dion is for: the default of :func:`dion`.
 
     These are arrays of two dimensions, none of them 1, that are no embedding and no output head.
-    Which are is seen by the names on the way to the parameter: one that contains ``embed``, or is
-    ``wte``, ``wpe``, ``head``, ``lm_head``, ``output_head``, ``logits`` or ``classifier``, perhaps
-    with a number. A head of another name has to be told: with Dion it trains badly.
+    Which are is seen by the names on the way to the parameter, cut at ``/`` and ``.``: one that
+    contains ``embed``, or is ``wte``, ``wpe``, ``logits``, ``classifier``, ``lmhead``, ``head`` or
+    ends in ``_head``, perhaps with a number. A head of another name has to be told: with Dion it
+    trains badly.
 
     Args:
       params: Parameters, or anything with shapes in their tree.
@@ -92,7 +89,8 @@ def matrix_dimension_numbers(params: optax.Params) -> Any:
     """
 
     def of_leaf(path: Any, leaf: Any) -> Optional[MuonDimensionNumbers]:
-        named = any(_EMBEDDING_OR_HEAD.search(_name(key)) for key in path)
+        names = (name for key in path for name in re.split("[/.]", _name(key)))
+        named = any(map(_EMBEDDING_OR_HEAD.search, names))
         shape = _shape(leaf)
         is_matrix = len(shape) == 2 and min(shape) > 1 and not named
         return MuonDimensionNumbers() if is_matrix else None
@@ -108,10 +106,18 @@ def _name(key: Any) -> str:
     return str(key)
 
 
-def matrices_of(spec: Optional[WeightDimNumOrFn], params: optax.Params) -> Any:
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    """Its path."""
+
+    matrix: Optional[Matrix]
+    """``None`` if it is none."""
+
+
+def parameters_of(spec: Optional[WeightDimNumOrFn], params: optax.Params) -> Any:
     """
-    A tree like ``params`` with a :class:`Matrix` for each parameter that is one, and its path, a
-    ``str``, for each other.
+    A tree like ``params`` with a :class:`Parameter` for each.
 
     :param spec: Dimension numbers of all, or a tree of them with ``None`` for what is no matrix,
         which may be a prefix, or a function from parameters to such a tree. ``None`` stands for
@@ -119,32 +125,37 @@ def matrices_of(spec: Optional[WeightDimNumOrFn], params: optax.Params) -> Any:
 
     :raises ValueError: If they do not fit the parameters.
     """
-    if callable(spec):
+    if callable(spec) and jax.tree_util.all_leaves([spec]):
         spec = spec(params)
+
+    paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
+    if spec is None:
+        return jax.tree.map(lambda x, path: _parameter(x, _of_two_axes(x), path), params, paths)
 
     def is_leaf(x: Any) -> bool:
         return x is None or isinstance(x, MuonDimensionNumbers)
 
-    paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
-    if spec is None:
-        return jax.tree.map(_matrix_of_two_axes, params, paths)
+    # First whether the trees fit, then the rest, so that errors keep their words.
+    def below(dims: Any, params: Any, paths: Any) -> Any:
+        return jax.tree.map(lambda x, path: lambda: _parameter(x, dims, path), params, paths)
 
-    def below(dims: Optional[MuonDimensionNumbers], params: Any, paths: Any) -> Any:
-        return jax.tree.map(lambda x, path: _matrix(_shape(x), dims, path), params, paths)
+    try:
+        fitted = jax.tree.map(below, spec, params, paths, is_leaf=is_leaf)
+    except ValueError as error:
+        raise ValueError(
+            f"weight_dimension_numbers is no prefix of the tree of parameters: {error}"
+        ) from error
+    return jax.tree.map(lambda parameter: parameter(), fitted)
 
-    return jax.tree.map(below, spec, params, paths, is_leaf=is_leaf)
+
+def _of_two_axes(x: Any) -> Optional[MuonDimensionNumbers]:
+    return MuonDimensionNumbers() if len(_shape(x)) == 2 else None
 
 
-def _matrix_of_two_axes(x: Any, path: str) -> Union[Matrix, str]:
+def _parameter(x: Any, dims: Any, path: str) -> Parameter:
     shape = _shape(x)
-    return _matrix(shape, MuonDimensionNumbers(), path) if len(shape) == 2 else path
-
-
-def _matrix(
-    shape: Tuple[int, ...], dims: Optional[MuonDimensionNumbers], path: str
-) -> Union[Matrix, str]:
     if dims is None:
-        return path
+        return Parameter(path, None)
     if not isinstance(dims, MuonDimensionNumbers):
         raise ValueError(
             f"weight_dimension_numbers has {dims!r} for the parameter {path}, and must have "
@@ -159,14 +170,14 @@ def _matrix(
         )
     if 0 in shape:
         raise ValueError(f"the parameter {path} of shape {shape} has no elements")
-    return Matrix(path, shape, inputs, outputs)
+    return Parameter(path, Matrix(shape, inputs, outputs))
 
 
 def _shape(x: Any) -> Tuple[int, ...]:
     return tuple(getattr(x, "shape", ()))
 
 
-def _axes(axes: Union[int, Sequence[int]], ndim: int) -> Tuple[Any, ...]:
+def _axes(axes: Any, ndim: int) -> Tuple[Any, ...]:
     """None for an axis that there is not."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    return tuple(axis % ndim if -ndim <= axis < ndim else None for axis in axes)
+    several = (axes,) if hasattr(axes, "__index__") else tuple(axes)
+    return tuple(int(axis) % ndim if -ndim <= axis < ndim else None for axis in several)

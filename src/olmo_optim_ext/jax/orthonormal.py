@@ -4,11 +4,12 @@ Orthonormal bases of the columns of tall matrices, under ``jit`` and of sharded 
 
 import math
 from string import ascii_lowercase
-from typing import Literal, Tuple, Union
+from typing import Literal, Tuple
 
 import jax
 import jax.numpy as jnp
 
+from .keys import Key, typed_key
 from .sharded import contract, explicit_sharding, reshard
 
 __all__ = ["METHODS", "Method", "orthonormalize", "sketch_rows"]
@@ -28,7 +29,7 @@ def sketch_rows(rank: int, oversampling: float = 1.25) -> int:
 def orthonormalize(
     x: jax.Array,
     method: Method = "rcqr",
-    key: Union[jax.Array, int] = 0,
+    key: Key = 0,
     oversampling: float = 1.25,
 ) -> jax.Array:
     """The ``Q`` of ``x = Q R`` with a positive diagonal of ``R``, for each matrix of a stack.
@@ -38,16 +39,16 @@ def orthonormalize(
 
     The Cholesky methods consist of products with ``x`` and of factorisations of small matrices, so
     that rows can be sharded. Where Cholesky fails, or the result is not orthonormal or does not
-    span ``x`` to ``sqrt(eps) / 4``, the matrix is done again by Householder QR, which brings its
-    rows together; this is a ``lax.cond``, and nothing of it runs in a step that does not need it
+    span ``x`` to ``sqrt(eps) / 4``, it is Householder QR's, which brings rows together, of all
+    matrices of the stack; this is a ``lax.cond``, and nothing of it runs where no matrix needs it
     (but under ``jax.vmap``, which computes both sides: give the stack as it is instead).
 
     Args:
       x: Shape ``(..., m, r)`` with ``m >= r``.
       method: ``"rcqr"``, randomised Cholesky QR: the triangle of the QR of a Gaussian sketch of
         ``x`` preconditions one Cholesky QR. Of matrices with no more rows than the sketch,
-        Householder QR. ``"cqr"``, Cholesky QR, twice: for condition numbers up to about 1000.
-        ``"qr"``, Householder QR.
+        Householder QR. ``"cqr"``, Cholesky QR, twice: for condition numbers up to about 1000, and
+        never with a column of zeros. ``"qr"``, Householder QR.
       key: PRNG key, or seed, of the sketch, which the matrices of a stack share.
       oversampling: Rows of the sketch, relative to ``r``, before they are rounded up to a multiple
         of 128.
@@ -56,7 +57,8 @@ def orthonormalize(
       Shape ``(..., m, r)``, in float64 if ``x`` is, else in float32.
 
     Raises:
-      ValueError: If ``m < r`` or the method is unknown.
+      ValueError: If there are fewer rows than columns, or no columns, if the method is unknown, or
+        if ``x`` is complex.
 
     References:
       Ahn et al., `Dion: Distributed Orthonormalized Updates
@@ -66,9 +68,12 @@ def orthonormalize(
     """
     if method not in METHODS:
         raise ValueError(f"orthonormalize is {method!r}, and must be one of {', '.join(METHODS)}")
+    if x.ndim < 2 or not x.shape[-2] >= x.shape[-1] > 0 or jnp.iscomplexobj(x):
+        raise ValueError(
+            f"x is {x.dtype} of shape {x.shape}, and must be real, with at least as many rows as "
+            f"columns, and one column"
+        )
     m, r = x.shape[-2:]
-    if m < r:
-        raise ValueError(f"{m} rows have no {r} orthonormal columns")
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     top = jnp.max(jnp.abs(x), axis=-2, keepdims=True)
     finite = jnp.all(jnp.isfinite(top), axis=-1, keepdims=True)
@@ -84,12 +89,12 @@ def orthonormalize(
         q = _householder(x)
     else:
         if method == "rcqr":
-            q, error = _sketched(x, there, key, rows)
+            x, triangle = _sketched_triangle(x, there, typed_key(key), rows)
         else:
-            q, error = _cholesky(x)
-            q, _ = _cholesky(q)
-        tolerance = jnp.finfo(x.dtype).eps ** 0.5 / 4
-        good = (error <= tolerance) & (_distance(q) <= tolerance)
+            triangle = _cholesky(x)
+        y, error = _quotient(x, triangle)
+        q = _times(y, _inverse(_cholesky(y)))
+        good = (error <= _tolerance(x)) & (_distance(q) <= _tolerance(x))
         good = good[..., None, None] | ~usable
         q = jax.lax.cond(
             jnp.all(good),
@@ -109,11 +114,13 @@ def _householder(x: jax.Array) -> jax.Array:
     return q if sharding is None else reshard(q, sharding, sharding.spec)
 
 
-def _sketched(
-    x: jax.Array, there: jax.Array, key: Union[jax.Array, int], rows: int
+def _sketched_triangle(
+    x: jax.Array, there: jax.Array, key: jax.Array, rows: int
 ) -> Tuple[jax.Array, jax.Array]:
-    """Randomised Cholesky QR, and what of ``x`` it may not span."""
-    key = jax.random.key(key) if isinstance(key, int) else key
+    """
+    ``x`` with columns of zeros filled, and the triangle of the QR of a sketch of it, which makes
+    ``x`` as well conditioned as the sketch is on a subspace.
+    """
     m, r = x.shape[-2:]
     # From N(0, 1 / rows): keeps lengths, on average.
     sketch = jax.random.normal(key, (m, rows), x.dtype) * rows**-0.5
@@ -123,39 +130,57 @@ def _sketched(
     x = jnp.where(there, x, sketch[:, :r])
     batch = ascii_lowercase[: x.ndim - 2]
     triangle = jnp.linalg.qr(contract(f"MK,{batch}MR->{batch}KR", sketch, x), mode="r")
-    # Of a condition number near that of the sketch on a subspace, whatever that of x is.
-    y, error = _divide(x, triangle * _signs(triangle)[..., None])
-    return _cholesky(y)[0], error
+    return x, triangle * _signs(triangle)[..., None]
 
 
-def _cholesky(x: jax.Array) -> Tuple[jax.Array, jax.Array]:
-    """
-    ``x L^-T`` with ``x^T x = L L^T``, NaN where Cholesky fails; and what of ``x`` it may not span.
-    """
+def _cholesky(x: jax.Array) -> jax.Array:
+    """The upper triangle of ``x^T x``; NaN where Cholesky fails."""
     batch = ascii_lowercase[: x.ndim - 2]
-    lower = jnp.linalg.cholesky(contract(f"{batch}MR,{batch}MS->{batch}RS", x, x))
-    return _divide(x, jnp.swapaxes(lower, -1, -2))
+    gram = contract(f"{batch}MR,{batch}MS->{batch}RS", x, x)
+    return jnp.swapaxes(jnp.linalg.cholesky(gram), -1, -2)
 
 
-def _divide(x: jax.Array, triangle: jax.Array) -> Tuple[jax.Array, jax.Array]:
+def _inverse(triangle: jax.Array) -> jax.Array:
     """
-    ``y = x triangle^-1``, an upper triangle, and an estimate of how far ``y triangle`` is from
-    ``x``, relative to its columns: ``(...)``.
-
-    By the inverse: the compiler does not divide the rows of a triangular solve over devices, and a
-    product is what accelerators are fast at. Both have errors of this size, which is large where a
-    column depends on those before it, and others follow.
+    Rows are divided by a triangle by way of its inverse: the compiler does not divide those of a
+    triangular solve over devices, and products are what accelerators are fast at.
     """
-    eye = jnp.broadcast_to(jnp.eye(triangle.shape[-1], dtype=x.dtype), triangle.shape)
+    eye = jnp.broadcast_to(jnp.eye(triangle.shape[-1], dtype=triangle.dtype), triangle.shape)
     sharding = explicit_sharding(triangle)
     if sharding is not None:
         eye = reshard(eye, sharding, sharding.spec)
-    inverse = jax.lax.linalg.triangular_solve(triangle, eye, left_side=True, lower=False)
+    return jax.lax.linalg.triangular_solve(triangle, eye, left_side=True, lower=False)
+
+
+def _times(x: jax.Array, small: jax.Array) -> jax.Array:
     batch = ascii_lowercase[: x.ndim - 2]
-    y = contract(f"{batch}MR,{batch}RS->{batch}MS", x, inverse)
+    return contract(f"{batch}MR,{batch}RS->{batch}MS", x, small)
+
+
+def _quotient(x: jax.Array, triangle: jax.Array) -> Tuple[jax.Array, jax.Array]:
+    """
+    ``y = x triangle^-1``, and how far ``y triangle`` is from ``x``, relative to its columns:
+    ``(...)``.
+    """
+    inverse = _inverse(triangle)
+    y = _times(x, inverse)
     # A column of y has the rounding of a sum of columns of x, and goes into x by a row of triangle.
     growth = jnp.linalg.norm(inverse, axis=-2) * jnp.linalg.norm(triangle, axis=-1)
-    return y, jnp.finfo(x.dtype).eps * jnp.max(growth, axis=-1)
+    bound = jnp.finfo(x.dtype).eps * jnp.max(growth, axis=-1)
+
+    def refined(y: jax.Array) -> Tuple[jax.Array, jax.Array]:
+        y = y + _times(x - _times(y, triangle), inverse)
+        left = jnp.linalg.norm(x - _times(y, triangle), axis=-2)
+        return y, jnp.max(left / jnp.linalg.norm(x, axis=-2), axis=-1)
+
+    # Columns that are nearly dependent need it, as in the first steps of a training.
+    return jax.lax.cond(
+        jnp.all(bound <= _tolerance(x)), lambda y: (y, bound), lambda y: refined(y), y
+    )
+
+
+def _tolerance(x: jax.Array) -> float:
+    return float(jnp.finfo(x.dtype).eps) ** 0.5 / 4
 
 
 def _distance(q: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import Any, Iterable, Optional, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 __all__ = ["beside", "contract", "explicit_sharding", "like_axes", "reshard"]
 
@@ -66,15 +66,13 @@ def like_axes(x: jax.Array, like: jax.Array, axes: Sequence[Optional[int]]) -> j
         divided = dict(enumerate(sharding.spec))
         return PartitionSpec(*(None if axis is None else divided.get(axis) for axis in axes))
 
-    if _is_traced(like):
-        sharding = explicit_sharding(like)
+    place = _place_of(like)
+    if place is None:
+        sharding = explicit_sharding(like) if isinstance(like, jax.core.Tracer) else None
         return x if sharding is None else reshard(x, sharding, spec(sharding))
-    # Where like is on no device yet x is not either, or the next step would compile anew.
-    if not isinstance(like, jax.Array) or not like.committed:
-        return x
-    if isinstance(like.sharding, NamedSharding):
-        return jax.device_put(x, NamedSharding(like.sharding.mesh, spec(like.sharding)))
-    return jax.device_put(x, like.sharding)
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, spec(place))
+    return jax.device_put(x, place)
 
 
 def beside(state: Any, params: Any) -> Any:
@@ -82,18 +80,19 @@ def beside(state: Any, params: Any) -> Any:
     ``state`` with whole copies of what is on no device yet, such as counters, on all devices of the
     parameters, where a step will leave them: the second step would compile anew otherwise.
     """
-    for param in jax.tree.leaves(params):
-        if not isinstance(param, jax.Array) or _is_traced(param) or not param.committed:
-            continue
-        sharding = param.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda x: x if x.committed else jax.device_put(x, sharding),  # noqa: B023
-            state,
-        )
-    return state
+    places = (_place_of(param) for param in jax.tree.leaves(params))
+    place = next((place for place in places if place is not None), None)
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+
+    def put(x: Any) -> Any:
+        waits = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
+        return jax.device_put(x, place) if waits else x
+
+    return state if place is None else jax.tree.map(put, state)
 
 
-def _is_traced(x: jax.Array) -> bool:
-    return isinstance(x, jax.core.Tracer)
+def _place_of(x: Any) -> Optional[Sharding]:
+    """Where ``x`` has to stay: ``None`` if it is traced, or JAX may move it as it likes."""
+    fixed = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    return x.sharding if fixed else None

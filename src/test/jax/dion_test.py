@@ -2,6 +2,7 @@
 What ``scale_by_dion`` promises.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -293,8 +294,15 @@ def test_a_state_that_is_donated_takes_nothing_of_the_users_with_it():
         ({"key": 0.5}, "key is 0.5"),
         ({"key": None}, "key is None"),
         ({"key": jnp.zeros((2, 2), jnp.uint32)}, "key is "),
-        ({"momentum_dtype": jnp.int32}, "momentum_dtype is int32"),
-        ({"basis_dtype": "int8"}, "basis_dtype is int8"),
+        ({"momentum_dtype": jnp.int32}, "momentum_dtype is int32, and must be one of bfloat16"),
+        (
+            {"basis_dtype": "float16"},
+            "basis_dtype is float16, and must be one of bfloat16, float32",
+        ),
+        ({"rank_fraction": np.float32(1.5)}, "rank_fraction is 1.5"),
+        ({"rank_multiple_of": np.int64(0)}, "rank_multiple_of is 0"),
+        ({"rank_fraction": lambda count: 0.5}, "rank_fraction is a function"),
+        ({"momentum_decay": optax.constant_schedule(0.9)}, "momentum_decay is a function"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused(options, message):
@@ -311,6 +319,7 @@ def test_a_value_out_of_its_range_is_refused(options, message):
         ({"w": (4, 3)}, MuonDimensionNumbers(0, 2), r"does not fit the parameter \['w'\]"),
         ({"w": (4, 3)}, MuonDimensionNumbers(1, -1), r"does not fit the parameter \['w'\]"),
         ({"w": (4, 3)}, MuonDimensionNumbers((), 1), r"does not fit the parameter \['w'\]"),
+        ({"w": (4, 3)}, {"x": None}, "weight_dimension_numbers is no prefix of the tree"),
         ({"w": (4, 3)}, {"w": "dion"}, r"has 'dion' for the parameter \['w'\]"),
         ({"w": (0, 3)}, None, r"the parameter \['w'\] of shape \(0, 3\)"),
     ],
@@ -322,7 +331,7 @@ def test_a_parameter_that_is_no_matrix_is_refused(params, spec, message):
 
 
 def test_integers_are_refused():
-    with pytest.raises(ValueError, match=r"\['w'\] is of int32"):
+    with pytest.raises(ValueError, match=r"the parameter \['w'\] is int32, and must be one of"):
         scale_by_dion().init({"w": jnp.zeros((4, 3), jnp.int32)})
 
 
@@ -336,6 +345,77 @@ def test_parameters_may_be_arrays_of_numpy_or_shapes_only():
     )
     updates, _ = optimizer.update({"w": np.ones((20, 8), np.float32)}, state)
     assert updates["w"].shape == (20, 8)
+
+
+def test_columns_of_the_basis_are_shorter_by_eps():
+    shape, eps = (20, 8), 3.0
+    optimizer = scale_by_dion(rank_fraction=0.5, eps=eps)
+    state = optimizer.init(jnp.zeros(shape))
+    grad = gaussian(shape, 0)
+    _, after = run(optimizer, [grad], state)
+    p = np.linalg.qr(np.asarray(grad @ state.basis, np.float64))[0]
+    lengths = np.linalg.norm(np.asarray(grad).T @ p, axis=0)
+    np.testing.assert_allclose(
+        np.linalg.norm(after.basis, axis=0), lengths / (lengths + eps), rtol=1e-5
+    )
+
+
+def test_steps_are_counted_and_each_has_its_sketch():
+    shape = (300, 24)
+    grads = [gaussian(shape, i) for i in range(3)]
+    _, state = run(scale_by_dion(), grads)
+    assert state.count == 3
+    methods: Any = (("rcqr", False), ("qr", True))
+    for method, same in methods:
+        optimizer = scale_by_dion(orthonormalize=method)
+        first, _ = run(optimizer, grads[:1], state)
+        later, _ = run(optimizer, grads[:1], state._replace(count=state.count + 1))
+        np.testing.assert_allclose(first, later, atol=1e-5)
+        assert (first == later).all() == same  # to the last bit, which the sketch rounds
+
+
+def test_float64_is_kept_where_it_is_asked_for():
+    shape = (300, 24)
+    rng = np.random.default_rng(0)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        grad, basis = rng.standard_normal(shape), rng.standard_normal((24, 12))
+        optimizer = scale_by_dion(np.float64(0.9), rank_fraction=0.5)
+        state = optimizer.init(jnp.zeros(shape))._replace(basis=jnp.asarray(basis))
+        update, after = run(optimizer, [jnp.asarray(grad)], state)
+        mixed = scale_by_dion(momentum_dtype=jnp.float64)
+        narrow = gaussian(shape, 0)
+        _, wide = run(mixed, [narrow, narrow], None)
+        kept = wide.momentum.dtype, wide.basis.dtype
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    p = np.linalg.qr(grad @ basis)[0]
+    r = grad.T @ p
+    expected = math.sqrt(24 / 300) * p @ (r / (np.linalg.norm(r, axis=0) + 1e-8)).T
+    np.testing.assert_allclose(update, expected, atol=1e-13)
+    np.testing.assert_allclose(after.momentum, grad - 0.1 * p @ r.T, atol=1e-13)
+    assert update.dtype == after.momentum.dtype == after.basis.dtype == jnp.float64
+    assert kept == (jnp.float64, jnp.float32)
+    # Not a float32 that was widened.
+    assert (np.asarray(wide.momentum, np.float32) != wide.momentum).any()
+
+
+def test_init_may_be_anywhere_in_a_program():
+    for params in (jnp.ones((20, 8)), jax.device_put(jnp.ones((20, 8)), jax.devices()[1])):
+        init = scale_by_dion().init
+        expected = init(params)
+        for state in (
+            jax.jit(functools.partial(init, params))(),
+            jax.jit(init)(params),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, state, expected)
+        jax.eval_shape(functools.partial(init, params))
+
+
+def test_axes_may_be_integers_of_numpy():
+    axes = MuonDimensionNumbers(np.int64(0), (np.int64(-1),))
+    state = scale_by_dion(weight_dimension_numbers=axes).init(jnp.zeros((20, 8)))
+    assert state.basis.shape == (8, 2)
 
 
 def test_masked_leaves_others_alone():

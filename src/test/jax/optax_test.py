@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 import olmo_optim_ext.jax as folder
@@ -68,7 +69,8 @@ class compilations:
         return self
 
     def _listen(self, event: str, *_: Any, **__: Any) -> None:
-        self.count += self._on and event == "/jax/core/compile/backend_compile_duration"
+        if self._on and event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
 
     def __exit__(self, *_: Any) -> None:
         self._on = False
@@ -121,6 +123,10 @@ def test_matrices_follow_dion_and_all_else_adamw():
         ("classifier", (4, 3), False),
         ("MultiHeadDotProductAttention_0", (4, 3), True),
         ("heads", (4, 3), True),
+        ("transformer/~/head", (4, 3), False),
+        ("lm_head.weight", (4, 3), False),
+        ("word_head", (4, 3), False),
+        ("header", (4, 3), True),
         ("wt", (4, 3), True),
     ],
 )
@@ -193,9 +199,9 @@ def test_it_may_be_one_of_a_chain():
 @pytest.mark.parametrize("static", [(), ("rank_fraction", "rank_multiple_of")])
 def test_hyperparameters_can_be_injected(static):
     injected = optax.inject_hyperparams(dion, static_args=static)(
-        learning_rate=optax.linear_schedule(0.1, 0.0, 5), rank_fraction=0.3, momentum_decay=0.9
+        learning_rate=optax.linear_schedule(0.1, 0.0, 5), rank_fraction=1 / 3, momentum_decay=0.9
     )
-    plain = dion(optax.linear_schedule(0.1, 0.0, 5), rank_fraction=0.3, momentum_decay=0.9)
+    plain = dion(optax.linear_schedule(0.1, 0.0, 5), rank_fraction=1 / 3, momentum_decay=0.9)
     params, state = train(injected, 4)
     assert_same(params, train(plain, 4)[0], rtol=1e-5, atol=1e-6)
     # The momentum follows another share from here on, and nothing is compiled anew.
@@ -203,14 +209,21 @@ def test_hyperparameters_can_be_injected(static):
     update(params, state, params)
     state.hyperparams["momentum_decay"] = jnp.float32(0.5)
     with compilations() as compiled:
-        other, _ = update(params, state, params)
+        after = update(params, state, params)[1]
     assert compiled.count == 0
     state.hyperparams["momentum_decay"] = jnp.float32(0.9)
-    kept = update(params, state, params)[1]
-    assert not jnp.allclose(
-        jax.tree.leaves(kept.inner_state.inner_states["dion"])[1],
-        jax.tree.leaves(_.inner_state.inner_states["dion"])[1],
-    )
+    usual = update(params, state, params)[1]
+    momenta = (jax.tree.leaves(each.inner_state.inner_states["dion"])[1] for each in (after, usual))
+    assert not jnp.allclose(*momenta)
+
+
+@pytest.mark.parametrize("fraction", [1, 2 / 3, 1 / 3, 1 / 6, 1 / 12, 0.07, 0.3, 0.1])
+def test_the_rank_is_the_same_where_it_was_injected(fraction):
+    """As a float32, which is a little more than a third."""
+    params = jnp.zeros((96, 100))
+    injected = optax.inject_hyperparams(scale_by_dion)(rank_fraction=fraction)
+    expected = scale_by_dion(rank_fraction=fraction).init(params).basis.shape
+    assert injected.init(params).inner_state.basis.shape == expected
 
 
 def test_a_traced_rank_is_refused_in_words():
@@ -345,6 +358,31 @@ def test_the_second_step_compiles_nothing():
     assert compiled.count > 0
 
 
+def test_the_second_step_outside_of_jit_compiles_nothing_either():
+    params = {"a": jnp.full((300, 24), 1.0), "b": jnp.full((300, 24), 1.0)}  # weakly typed, too
+    optimizer = scale_by_dion()
+    _, state = optimizer.update(params, optimizer.init(params))
+    with compilations() as compiled:
+        optimizer.update(params, state)
+    assert compiled.count == 0
+
+
+def test_parameters_may_be_a_state_of_nnx():
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.embed = nnx.Embed(12, 8, rngs=rngs)
+            self.dense = nnx.Linear(8, 6, rngs=rngs)
+            self.lm_head = nnx.Linear(6, 12, rngs=rngs)
+
+    params = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    optimizer = dion(0.1)
+    state = optimizer.init(params)
+    bases = jax.tree.leaves(state.inner_states["dion"].inner_state[0].basis)
+    assert [x.shape for x in bases] == [(6, 2)]
+    updates, _ = optimizer.update(params, state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)  # type: ignore[operator]
+
+
 def test_extra_arguments_are_accepted():
     optimizer = optax.with_extra_args_support(dion(0.1))
     params = params_of()
@@ -422,6 +460,6 @@ def test_the_folder_depends_on_jax_optax_and_numpy_only():
 
 
 def test_the_example_in_the_docstring_runs():
-    module = importlib.import_module("olmo_optim_ext.jax.dion")
+    module = importlib.import_module("olmo_optim_ext.jax._dion")
     result = doctest.testmod(module)
     assert result.attempted > 5 and result.failed == 0

@@ -12,6 +12,7 @@ import pytest
 import olmo_optim_ext.jax.orthonormal as orthonormal
 from olmo_optim_ext.jax.orthonormal import METHODS, orthonormalize, sketch_rows
 
+TOLERANCE = float(jnp.finfo(jnp.float32).eps) ** 0.5 / 4
 SHAPES = [(20, 8), (8, 8), (20, 1), (1, 1), (300, 24), (300, 1), (3, 300, 24)]
 
 
@@ -78,23 +79,54 @@ def test_the_sketch_takes_what_cholesky_alone_cannot(monkeypatch):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("method", ["rcqr", "cqr"])
-@pytest.mark.parametrize("how", ["equal", "combination", "all equal"])
-def test_where_columns_depend_on_others_it_falls_back_inside_of_jit(method, how, monkeypatch):
-    x = matrix((300, 24))
-    if how == "equal":
-        x[:, 5] = x[:, 2]
-    elif how == "combination":
-        x[:, 23] = x[:, :8].sum(1)
-    else:
-        x[:] = x[:, :1]
-    q = jax.jit(orthonormalize, static_argnums=1)(jnp.asarray(x, jnp.float32), method)
-    tolerance = float(jnp.finfo(jnp.float32).eps) ** 0.5 / 4
-    assert off(q) < tolerance
-    # All that x spans is spanned.
+def spanned(x: np.ndarray, q: Any) -> float:
+    """How far columns of ``x`` are from the span of ``q``, relative to their lengths."""
     x = np.asarray(x / np.linalg.norm(x, axis=0), np.float32)
     q = np.asarray(q, np.float64)
-    assert np.abs(q @ (q.T @ x) - x).max() < tolerance
+    return np.linalg.norm(q @ (q.T @ x) - x, axis=0).max()
+
+
+@pytest.mark.parametrize("method", ["rcqr", "cqr"])
+def test_columns_that_depend_on_others_leave_it_orthonormal_and_spanning(method):
+    """From well apart to the same, where it falls back."""
+    jitted = jax.jit(orthonormalize, static_argnums=1)
+    apart = np.random.default_rng(1).standard_normal(300) / 300**0.5
+    for distance in (*np.geomspace(1e-1, 1e-8, 15), 0.0):
+        x = matrix((300, 24))
+        x[:, 5] = x[:, 2] + distance * np.linalg.norm(x[:, 2]) * apart
+        q = jitted(jnp.asarray(x, jnp.float32), method)
+        assert off(q) < TOLERANCE and spanned(x, q) < TOLERANCE, distance
+    x[:] = x[:, :1]
+    q = jitted(jnp.asarray(x, jnp.float32), method)
+    assert off(q) < TOLERANCE and spanned(x, q) < TOLERANCE
+
+
+def test_no_step_of_decaying_spectra_falls_back(monkeypatch):
+    """At full rank and from a random basis: what refining the quotient is for."""
+    seen = fallbacks(monkeypatch)
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 48)))[0] for n in (300, 48))
+    for values in (np.arange(1.0, 49) ** -2, np.arange(1.0, 49) ** -4, np.geomspace(1, 1e-6, 48)):
+        b, basis = (u * values) @ v.T, rng.standard_normal((48, 48))
+        for _ in range(4):
+            x = b @ basis
+            q = orthonormalize(jnp.asarray(x, jnp.float32))
+            assert off(q) < 2e-5 and spanned(x, q) < TOLERANCE
+            r = b.T @ np.asarray(q, np.float64)
+            basis = r / np.linalg.norm(r, axis=0)
+    jax.effects_barrier()
+    assert not seen
+
+
+def test_what_is_not_orthonormal_is_done_again(monkeypatch):
+    x = jnp.asarray(matrix((300, 24)), jnp.float32)
+    good = orthonormalize(x)
+    cholesky = orthonormal._cholesky
+    for wrong in (1.001, jnp.ones(24).at[3].set(1.001), jnp.nan):
+        monkeypatch.setattr(orthonormal, "_cholesky", lambda y, wrong=wrong: wrong * cholesky(y))
+        q = orthonormalize(x)
+        assert off(q) < 1e-5
+        np.testing.assert_allclose(q, good, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -146,14 +178,25 @@ def test_float64_stays_so():
     assert q.dtype == jnp.float64 and off(q) < 1e-13
 
 
-def test_a_matrix_that_is_not_tall_is_refused():
-    with pytest.raises(ValueError, match="3 rows have no 4"):
-        orthonormalize(jnp.ones((3, 4)))
+@pytest.mark.parametrize(
+    "x", [jnp.ones((3, 4)), jnp.ones((3, 0)), jnp.ones(3), jnp.ones((4, 3), jnp.complex64)]
+)
+def test_what_is_no_tall_matrix_is_refused(x):
+    with pytest.raises(ValueError, match="must be real, with at least as many rows as columns"):
+        orthonormalize(x)
 
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="orthonormalize is 'svd', .* rcqr, cqr, qr"):
         orthonormalize(jnp.ones((4, 3)), "svd")  # type: ignore[arg-type]
+
+
+def test_a_seed_may_be_of_any_kind():
+    x = jnp.asarray(matrix((300, 24)), jnp.float32)
+    expected = orthonormalize(x, key=3)
+    for key in (np.int64(3), jnp.int32(3), jax.random.key(3), jax.random.PRNGKey(3)):
+        np.testing.assert_array_equal(orthonormalize(x, key=key), expected)
+    assert not (orthonormalize(x, key=4) == expected).all()
 
 
 def test_the_sketch_has_a_multiple_of_128_rows():

@@ -3,9 +3,9 @@ Dion: momentum, orthonormalised in a subspace that follows it (Ahn et al., arXiv
 algorithm 1), as Optax transformations.
 """
 
+import functools
 import math
-import zlib
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,14 @@ import numpy as np
 import optax
 
 from . import orthonormal
-from .matrices import Matrix, WeightDimNumOrFn, matrices_of, matrix_dimension_numbers
+from .keys import Key, impl_of, stream, typed_key
+from .matrices import (
+    Matrix,
+    Parameter,
+    WeightDimNumOrFn,
+    matrix_dimension_numbers,
+    parameters_of,
+)
 from .sharded import beside, contract, explicit_sharding, like_axes, reshard
 
 __all__ = ["ScaleByDionState", "dion", "scale_by_dion"]
@@ -21,7 +28,7 @@ __all__ = ["ScaleByDionState", "dion", "scale_by_dion"]
 ROUNDING = 64
 """Columns of ``R`` that are shorter than this many roundings of the longest are taken for zero."""
 
-Key = Union[jax.Array, int]
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
 class ScaleByDionState(NamedTuple):
@@ -108,36 +115,41 @@ def scale_by_dion(
     if orthonormalize not in orthonormal.METHODS:
         allowed = ", ".join(orthonormal.METHODS)
         raise ValueError(f"orthonormalize is {orthonormalize!r}, and must be one of {allowed}")
-    for name, dtype in (("momentum_dtype", momentum_dtype), ("basis_dtype", basis_dtype)):
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{name} is {jnp.dtype(dtype)}, and must be a floating-point one")
-    key_impl = _impl_of(key)
+    if momentum_dtype is not None:
+        _check_dtype("momentum_dtype", momentum_dtype, FLOATS)
+    if basis_dtype is not None:
+        # Of a gradient below 1e-15 float16 would keep a basis of zeros, for good.
+        _check_dtype("basis_dtype", basis_dtype, (jnp.bfloat16, jnp.float32, jnp.float64))
+    key_impl = impl_of(key)
 
-    def matrices(tree: Any) -> List[Matrix]:
-        found = jax.tree.leaves(matrices_of(weight_dimension_numbers, tree))
-        for matrix in found:
-            if not isinstance(matrix, Matrix):
+    def matrices(tree: Any) -> List[Tuple[str, Matrix]]:
+        found: List[Parameter] = jax.tree.leaves(parameters_of(weight_dimension_numbers, tree))
+        for parameter in found:
+            if parameter.matrix is None:
                 raise ValueError(
-                    f"the parameter {matrix} is no matrix: declare its axes in "
+                    f"the parameter {parameter.name} is no matrix: declare its axes in "
                     f"weight_dimension_numbers, leave it out with optax.masked, or use dion"
                 )
-        return found
+        return [(parameter.name, parameter.matrix) for parameter in found if parameter.matrix]
 
     def init_fn(params: optax.Params) -> ScaleByDionState:
         leaves, tree = jax.tree.flatten(params)
         fraction = _static("rank_fraction", rank_fraction)
         multiple_of = int(_static("rank_multiple_of", rank_multiple_of))
-        root = _typed_key(key)
-        bases = []
-        for matrix, param in zip(matrices(params), leaves):
-            if not jnp.issubdtype(param.dtype, jnp.floating):
-                raise ValueError(f"the parameter {matrix.name} is of {param.dtype}, not of floats")
-            rank = _thin_rank(fraction, multiple_of, matrix)
+        root = typed_key(key)
+        momenta, bases = [], []
+        for (name, matrix), param in zip(matrices(params), leaves):
+            _check_dtype(f"the dtype of the parameter {name}", param.dtype, FLOATS)
+            dtype = param.dtype if momentum_dtype is None else momentum_dtype
+            momenta.append(jnp.zeros_like(param, dtype=dtype))
             dtype = _wide(param.dtype) if basis_dtype is None else basis_dtype
-            bases.append(_first_basis(matrix, rank, dtype, _stream(root, 0, matrix.name), param))
+            axes = matrix.batch + matrix.shorter
+            shape = (*matrix.sizes(axes), _thin_rank(fraction, multiple_of, matrix))
+            basis = _gaussian(stream(root, 0, name), shape, jnp.dtype(dtype))
+            bases.append(like_axes(basis, param, (*axes, None)))
         state = ScaleByDionState(
             count=jnp.zeros([], jnp.int32),
-            momentum=optax.tree.zeros_like(params, dtype=momentum_dtype),
+            momentum=jax.tree.unflatten(tree, momenta),
             basis=jax.tree.unflatten(tree, bases),
             # A copy, as a donated state is deleted.
             key=jnp.array(jax.random.key_data(root), copy=True),
@@ -152,8 +164,11 @@ def scale_by_dion(
         count = optax.safe_increment(state.count)
         root = jax.random.wrap_key_data(state.key, impl=key_impl)
         done = [
-            _step(*each, momentum_decay, eps, orthonormalize, _stream(root, count, each[0].name))
-            for each in zip(
+            _step(
+                *(matrix, orthonormalize, stream(root, count, name)),
+                *(grad, momentum, basis, 1 - momentum_decay, eps),
+            )
+            for (name, matrix), grad, momentum, basis in zip(
                 matrices(updates),
                 jax.tree.leaves(updates),
                 tree.flatten_up_to(state.momentum),
@@ -166,18 +181,21 @@ def scale_by_dion(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+# Compiled by itself where an update is not: matrices of one shape share it.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(
     matrix: Matrix,
+    method: orthonormal.Method,
+    key: jax.Array,
     grad: jax.Array,
     momentum: jax.Array,
     basis: jax.Array,
-    momentum_decay: jax.typing.ArrayLike,
+    subtracted: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
-    method: orthonormal.Method,
-    key: jax.Array,
 ) -> Tuple[jax.Array, jax.Array, jax.Array]:
     """Of one parameter: the update, the new momentum and the new basis."""
     dtype = jnp.promote_types(_wide(grad.dtype), momentum.dtype)
+    subtracted, eps = jnp.asarray(subtracted, dtype), jnp.asarray(eps, dtype)
     # Letters of the axes of the parameter, of P and of R and V.
     whole = matrix.labels()
     left = matrix.labels(matrix.batch + matrix.longer) + "R"
@@ -187,7 +205,7 @@ def _step(
     v = basis.astype(dtype)
     p = _orthonormal(contract(f"{whole},{right}->{left}", b, v), matrix, method, key)
     r = contract(f"{whole},{left}->{right}", b, p)
-    kept = b - (1 - momentum_decay) * contract(f"{left},{right}->{whole}", p, r)
+    kept = b - subtracted * contract(f"{left},{right}->{whole}", p, r)
     v = _next_basis(r, v, eps, len(matrix.batch))
     scale = math.sqrt(matrix.n_out / matrix.n_in)
     update = scale * contract(f"{left},{right}->{whole}", p, v)
@@ -292,8 +310,8 @@ def dion(
         weight_dimension_numbers = matrix_dimension_numbers
 
     def labels(params: optax.Params) -> Any:
-        found = matrices_of(weight_dimension_numbers, params)
-        return jax.tree.map(lambda x: "dion" if isinstance(x, Matrix) else "scalar", found)
+        found = parameters_of(weight_dimension_numbers, params)
+        return jax.tree.map(lambda x: "dion" if x.matrix else "scalar", found)
 
     if scalar_optimizer is None:
         scalar_optimizer = optax.adamw(
@@ -326,49 +344,27 @@ def _thin_rank(fraction: float, multiple_of: int, matrix: Matrix) -> int:
     return min(smaller, multiple_of * math.ceil(fraction * smaller / multiple_of))
 
 
-def _first_basis(
-    matrix: Matrix, rank: int, dtype: jax.typing.DTypeLike, key: jax.Array, param: jax.Array
-) -> jax.Array:
-    """Gaussian, on the devices of the parameter and divided as its axes are."""
-    axes = matrix.batch + matrix.shorter
-    basis = jax.random.normal(key, (*matrix.sizes(axes), rank), _wide(dtype)).astype(dtype)
-    return like_axes(basis, param, (*axes, None))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _gaussian(key: jax.Array, shape: Tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jax.random.normal(key, shape, _wide(dtype)).astype(dtype)
 
 
 def _wide(dtype: jax.typing.DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _stream(key: jax.Array, count: Union[jax.Array, int], name: str) -> jax.Array:
-    """The key of one parameter in one step; step 0 is that of the first basis."""
-    return jax.random.fold_in(jax.random.fold_in(key, count), zlib.crc32(name.encode()))
-
-
-def _impl_of(key: Key) -> Any:
-    """How a key draws; ``None`` is the default. Makes no array, which would start up devices."""
-    if isinstance(key, (int, np.integer)):
-        return None
-    dtype, ndim = getattr(key, "dtype", None), jnp.ndim(key)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and ndim == 0:
-        return jax.random.key_impl(key)
-    a_seed = ndim == 0 and dtype is not None and jnp.issubdtype(dtype, jnp.integer)
-    if a_seed or (dtype == jnp.uint32 and ndim == 1):
-        return None
-    raise ValueError(f"key is {key!r}, and must be a PRNG key or an integer")
-
-
-def _typed_key(key: Key) -> jax.Array:
-    if isinstance(key, (int, np.integer)):
-        return jax.random.key(key)
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.key(key) if key.ndim == 0 else jax.random.wrap_key_data(key)
-
-
 def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:
-    """Of plain numbers only: inject_hyperparams makes arrays, which may be traced."""
-    if isinstance(value, (int, float)) and not fits(value):
+    """Not of arrays, which inject_hyperparams makes, and which may be traced."""
+    if callable(value):
+        raise ValueError(f"{name} is a function: schedules of it need optax.inject_hyperparams")
+    if isinstance(value, (int, float, np.number)) and not fits(value):
         raise ValueError(f"{name} is {value}, and must be {allowed}")
+
+
+def _check_dtype(name: str, dtype: Any, allowed: Sequence[Any]) -> None:
+    if not any(jnp.dtype(dtype) == each for each in allowed):
+        names = ", ".join(jnp.dtype(each).name for each in allowed)
+        raise ValueError(f"{name} is {jnp.dtype(dtype)}, and must be one of {names}")
 
 
 def _static(name: str, value: Any) -> float:
@@ -377,5 +373,12 @@ def _static(name: str, value: Any) -> float:
         raise ValueError(
             f"{name} decides shapes, and is traced: name it in static_args of inject_hyperparams"
         )
-    # inject_hyperparams makes float32 of it: its shortest decimal is what was typed.
-    return float(str(np.asarray(value)[()]))
+    if not isinstance(value, jax.Array):
+        return float(value)
+    # As inject_hyperparams makes it, of fewer digits: the simplest fraction that rounds to it.
+    rounding = float(jnp.finfo(value.dtype).eps) if jnp.issubdtype(value.dtype, jnp.floating) else 0
+    x = float(value)
+    for below in range(1, 1000):
+        if abs(round(x * below) / below - x) <= rounding / 2 * abs(x):
+            return round(x * below) / below
+    return x
