@@ -108,9 +108,7 @@ def scale_by_dion(
     """
     _check("momentum_decay", momentum_decay, lambda x: 0 <= x < 1, "in [0, 1)")
     _check("rank_fraction", rank_fraction, lambda x: 0 < x <= 1, "in (0, 1]")
-    _check(
-        "rank_multiple_of", rank_multiple_of, lambda x: x >= 1 and x == int(x), "an integer >= 1"
-    )
+    _check("rank_multiple_of", rank_multiple_of, lambda x: x >= 1 and x % 1 == 0, "an integer >= 1")
     _check("eps", eps, lambda x: x > 0, "> 0")
     if orthonormalize not in orthonormal.METHODS:
         allowed = ", ".join(orthonormal.METHODS)
@@ -163,18 +161,16 @@ def scale_by_dion(
         tree: Any = jax.tree.structure(updates)
         count = optax.safe_increment(state.count)
         root = jax.random.wrap_key_data(state.key, impl=key_impl)
-        done = [
-            _step(
-                *(matrix, orthonormalize, stream(root, count, name)),
-                *(grad, momentum, basis, 1 - momentum_decay, eps),
-            )
-            for (name, matrix), grad, momentum, basis in zip(
-                matrices(updates),
-                jax.tree.leaves(updates),
-                tree.flatten_up_to(state.momentum),
-                tree.flatten_up_to(state.basis),
-            )
-        ]
+        leaves = zip(
+            matrices(updates),
+            jax.tree.leaves(updates),
+            tree.flatten_up_to(state.momentum),
+            tree.flatten_up_to(state.basis),
+        )
+        done = []
+        for (name, matrix), *arrays in leaves:
+            sketch_key = stream(root, count, name)
+            done.append(_step(matrix, orthonormalize, sketch_key, *arrays, 1 - momentum_decay, eps))
         updates, momentum, basis = (tree.unflatten([one[i] for one in done]) for i in range(3))
         return updates, ScaleByDionState(count, momentum, basis, state.key)
 
@@ -270,7 +266,7 @@ def dion(
     ``static_args``.
 
     Args:
-      learning_rate: A number or a schedule. One that suits AdamW.
+      learning_rate: A number or a schedule. One that suits AdamW, or a few times that.
       weight_decay: Decoupled, times the learning rate.
       weight_decay_mask: Tree of booleans, or a prefix of one, or a function from parameters to such
         a tree, of what is to decay.
@@ -356,7 +352,7 @@ def _wide(dtype: jax.typing.DTypeLike) -> Any:
 def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:
     """Not of arrays, which inject_hyperparams makes, and which may be traced."""
     if callable(value):
-        raise ValueError(f"{name} is a function: schedules of it need optax.inject_hyperparams")
+        raise ValueError(f"{name} is a function, and must be a number {allowed}")
     if isinstance(value, (int, float, np.number)) and not fits(value):
         raise ValueError(f"{name} is {value}, and must be {allowed}")
 
