@@ -2,7 +2,8 @@
 Optimizers for JAX, as Optax transformations. They need the extra ``jax``:
 ``pip install 'olmo-optim-ext[jax]'``.
 
-The modules here depend on JAX and Optax only, and nothing else of this package depends on them.
+The modules here import JAX, Optax and NumPy only, so that they can be copied out; to import them
+from here imports the package, too, and with it torch. Nothing else of the package needs them.
 """
 
 try:

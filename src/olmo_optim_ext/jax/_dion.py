@@ -5,7 +5,7 @@ algorithm 1), as Optax transformations.
 
 import functools
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,13 @@ __all__ = ["ScaleByDionState", "dion", "scale_by_dion"]
 
 ROUNDING = 64
 """Columns of ``R`` that are shorter than this many roundings of the longest are taken for zero."""
+
+RANGES: Dict[str, Tuple[Callable[[Any], bool], str]] = {
+    "momentum_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "rank_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "rank_multiple_of": (lambda x: x >= 1 and x % 1 == 0, "an integer >= 1"),
+    "eps": (lambda x: x > 0, "> 0"),
+}
 
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
@@ -66,10 +73,15 @@ def scale_by_dion(
       V_j &\leftarrow R_j / (\|R_j\| + \epsilon) \\
       U &= \sqrt{n_{out} / n_{in}} \, P V^T
 
+    Columns of :math:`R` that are rounding, shorter than 64 times the precision of the longest,
+    become zero, where the authors divide by their lengths; where :math:`B` is zero the update is
+    zero, and :math:`V` stays.
+
     The matrix is that of shape :math:`(n_{out}, n_{in})` or, if it is wide, its transpose, so that
-    :math:`P` has the longer side. It is only ever multiplied by thin matrices: where it is sharded,
-    no device has the whole of it. Call ``init`` outside of ``jit`` with sharded parameters, and the
-    state is sharded as they are, the basis as its axes are. Under ``jit`` that needs
+    :math:`P` has the longer side. It is only ever multiplied by matrices of rank :math:`r`: where
+    it is sharded, no device needs the whole of it, but for :math:`r` near full, at which :math:`P`
+    is as large. Call ``init`` outside of ``jit`` with sharded parameters: the momentum is sharded
+    as its parameter, the basis as that parameter's shorter side. Under ``jit`` that needs
     ``out_shardings``, as with other transformations, or a mesh of ``Explicit`` axes that
     ``jax.set_mesh`` has set.
 
@@ -81,7 +93,7 @@ def scale_by_dion(
       momentum_decay: :math:`\mu` in [0, 1). Of what a step applies, a share of
         ``1 - momentum_decay`` is taken out of the momentum, which has no other decay.
       rank_fraction: Rank of the update, as a share of the smaller side of a matrix, in (0, 1]. It
-        decides shapes, so that it can be no schedule.
+        decides shapes, so it cannot be a schedule.
       rank_multiple_of: The rank is rounded up to a multiple of this, at most the smaller side.
       eps: Added to the length of each column of ``R``, > 0.
       orthonormalize: ``"rcqr"``, randomised Cholesky QR, ``"cqr"``, Cholesky QR twice, or ``"qr"``,
@@ -93,23 +105,24 @@ def scale_by_dion(
       weight_dimension_numbers: Which axes of the parameters make a matrix, as for
         :func:`optax.contrib.scale_by_muon`: ``optax.contrib.MuonDimensionNumbers`` for all, or a
         tree of them, or a function from parameters to such a tree. Matrices are stacked along the
-        other axes. ``None`` stands for two-dimensional parameters ``(in, out)``.
+        other axes. ``None`` stands for two-dimensional parameters ``(in, out)``, as Flax and Haiku
+        keep them.
 
     Returns:
-      A :class:`optax.GradientTransformation`. Parameters that are no matrices are an error: use
-      :func:`dion`, or leave them out with :func:`optax.masked`.
+      The corresponding :class:`optax.GradientTransformation`.
 
     Raises:
-      ValueError: If a value is out of its range, or a parameter is no matrix.
+      ValueError: If a value is out of its range, unless it is traced, or a parameter is no matrix:
+        use :func:`dion`, or leave it out with :func:`optax.masked`.
 
     References:
       Ahn et al., `Dion: Distributed Orthonormalized Updates
       <https://arxiv.org/abs/2504.05295>`_, 2025
     """
-    _check("momentum_decay", momentum_decay, lambda x: 0 <= x < 1, "in [0, 1)")
-    _check("rank_fraction", rank_fraction, lambda x: 0 < x <= 1, "in (0, 1]")
-    _check("rank_multiple_of", rank_multiple_of, lambda x: x >= 1 and x % 1 == 0, "an integer >= 1")
-    _check("eps", eps, lambda x: x > 0, "> 0")
+    _check("momentum_decay", momentum_decay)
+    _check("rank_fraction", rank_fraction)
+    _check("rank_multiple_of", rank_multiple_of)
+    _check("eps", eps)
     if orthonormalize not in orthonormal.METHODS:
         allowed = ", ".join(orthonormal.METHODS)
         raise ValueError(f"orthonormalize is {orthonormalize!r}, and must be one of {allowed}")
@@ -133,7 +146,7 @@ def scale_by_dion(
     def init_fn(params: optax.Params) -> ScaleByDionState:
         leaves, tree = jax.tree.flatten(params)
         fraction = _static("rank_fraction", rank_fraction)
-        multiple_of = int(_static("rank_multiple_of", rank_multiple_of))
+        multiple_of = _static("rank_multiple_of", rank_multiple_of)
         root = typed_key(key)
         momenta, bases = [], []
         for (name, matrix), param in zip(matrices(params), leaves):
@@ -142,7 +155,7 @@ def scale_by_dion(
             momenta.append(jnp.zeros_like(param, dtype=dtype))
             dtype = _wide(param.dtype) if basis_dtype is None else basis_dtype
             axes = matrix.batch + matrix.shorter
-            shape = (*matrix.sizes(axes), _thin_rank(fraction, multiple_of, matrix))
+            shape = (*matrix.sizes(axes), _thin_rank(fraction, int(multiple_of), matrix))
             basis = _gaussian(stream(root, 0, name), shape, jnp.dtype(dtype))
             bases.append(like_axes(basis, param, (*axes, None)))
         state = ScaleByDionState(
@@ -261,9 +274,10 @@ def dion(
 
     For the algorithm and the arguments that are not here see :func:`scale_by_dion`.
 
-    With :func:`optax.inject_hyperparams`, give it the names of arguments that are functions or
-    dtypes, and, to ``init`` under ``jit``, also ``rank_fraction`` and ``rank_multiple_of``, in
-    ``static_args``.
+    :func:`optax.inject_hyperparams` takes functions for schedules: name
+    ``weight_dimension_numbers``, ``weight_decay_mask``, ``momentum_dtype`` and ``basis_dtype`` in
+    its ``static_args`` where you give them. For ``init`` under ``jit`` name ``rank_fraction`` and
+    ``rank_multiple_of``, too.
 
     Args:
       learning_rate: A number or a schedule. One that suits AdamW, or a few times that.
@@ -349,8 +363,9 @@ def _wide(dtype: jax.typing.DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _check(name: str, value: Any, fits: Callable[[Any], bool], allowed: str) -> None:
-    """Not of arrays, which inject_hyperparams makes, and which may be traced."""
+def _check(name: str, value: Any) -> None:
+    """What is an array is traced, or may be on a device that has yet to compute it."""
+    fits, allowed = RANGES[name]
     if callable(value):
         raise ValueError(f"{name} is a function, and must be a number {allowed}")
     if isinstance(value, (int, float, np.number)) and not fits(value):
@@ -369,8 +384,12 @@ def _static(name: str, value: Any) -> float:
         raise ValueError(
             f"{name} decides shapes, and is traced: name it in static_args of inject_hyperparams"
         )
-    if not isinstance(value, jax.Array):
-        return float(value)
+    number = _from_array(value) if isinstance(value, jax.Array) else float(value)
+    _check(name, number)
+    return number
+
+
+def _from_array(value: jax.Array) -> float:
     # As inject_hyperparams makes it, of fewer digits: the simplest fraction that rounds to it.
     rounding = float(jnp.finfo(value.dtype).eps) if jnp.issubdtype(value.dtype, jnp.floating) else 0
     x = float(value)

@@ -16,8 +16,11 @@ __all__ = ["Matrix", "WeightDimNumOrFn", "Parameter", "matrix_dimension_numbers"
 
 WeightDimNumOrFn = Union[MuonDimensionNumbers, Any, Callable[[optax.Params], Any]]
 
-_EMBEDDING_OR_HEAD = re.compile(
-    r"embed|^w[tp]e$|(^|_)head(_\d+)?$|^lmhead$|^(logits|classifier)(_\d+)?$", re.IGNORECASE
+_NO_MATRIX = re.compile(
+    r"embed|(^|_)emb(_|$)|^w[tp]e$"
+    r"|(^|_)head(_\d+)?$|^lmhead$|(^|_)logits(_\d+)?$|^classifier(_\d+)?$"
+    r"|^(bias|scale|offset|beta|gamma)$",
+    re.IGNORECASE,
 )
 
 
@@ -69,28 +72,39 @@ class Matrix:
 def matrix_dimension_numbers(params: optax.Params) -> Any:
     """Axes of the parameters that Dion is for: the default of :func:`dion`.
 
-    These are arrays of two dimensions, none of them 1, that are no embedding and no output head.
-    Which are is seen by the names on the way to the parameter, cut at ``/`` and ``.``: one that
-    contains ``embed``, or is ``wte``, ``wpe``, ``logits``, ``classifier``, ``lmhead``, ``head`` or
-    ends in ``_head``, perhaps with a number. A head of another name has to be told: with Dion it
-    trains badly.
+    These are arrays ``(in, out)``, neither of them 1, that are no embedding, no output head and no
+    biases or scales, which have two axes where they are stacked ``(layers, width)`` or per head
+    ``(heads, head_dim)``. They are known by the names on the way to the parameter, cut at ``/`` and
+    ``.``: ``bias``, ``scale``, ``offset``, ``beta``, ``gamma``; ``wte``, ``wpe``, what contains
+    ``embed``, or ``emb`` between underscores; ``lmhead``, ``classifier``, ``head``, ``logits``, and
+    what ends in ``_head`` or ``_logits``, perhaps with a number. A head of another name has to be
+    told: with Dion it trains badly.
 
     Args:
       params: Parameters, or anything with shapes in their tree.
 
     Returns:
-      The tree, with ``optax.contrib.MuonDimensionNumbers()`` for matrices, which is ``(in, out)``,
-      and ``None`` for others. Change it where it is wrong, or where matrices are stacked::
+      The tree, with ``optax.contrib.MuonDimensionNumbers()`` for matrices and ``None`` for others.
 
-        def axes(params):
+    Examples:
+      Attention in Flax has kernels of three axes, and layers under ``nn.scan`` are stacked. Those
+      who keep ``(out, in)``, such as Equinox, declare ``MuonDimensionNumbers(1, 0)``::
+
+        def axes_of(params):
             axes = matrix_dimension_numbers(params)
-            axes["layers"]["kernel"] = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+            axes["attention"]["query"]["kernel"] = MuonDimensionNumbers(0, (1, 2))
+            axes["attention"]["out"]["kernel"] = MuonDimensionNumbers((0, 1), 2)
+            axes["layers"]["up"]["kernel"] = MuonDimensionNumbers(1, 2)  # (layers, in, out)
             return axes
+
+        optimizer = dion(0.01, weight_dimension_numbers=axes_of)
+
+      ``MuonDimensionNumbers(0, 2)`` of a query takes each head for a matrix of its own.
     """
 
     def of_leaf(path: Any, leaf: Any) -> Optional[MuonDimensionNumbers]:
         names = (name for key in path for name in re.split("[/.]", _name(key)))
-        named = any(map(_EMBEDDING_OR_HEAD.search, names))
+        named = any(map(_NO_MATRIX.search, names))
         shape = _shape(leaf)
         is_matrix = len(shape) == 2 and min(shape) > 1 and not named
         return MuonDimensionNumbers() if is_matrix else None

@@ -39,9 +39,9 @@ def orthonormalize(
 
     The Cholesky methods consist of products with ``x`` and of factorisations of small matrices, so
     that rows can be sharded. Where Cholesky fails, or the result is not orthonormal or does not
-    span ``x`` to ``sqrt(eps) / 4``, it is Householder QR's, which brings rows together, of all
-    matrices of the stack; this is a ``lax.cond``, and nothing of it runs where no matrix needs it
-    (but under ``jax.vmap``, which computes both sides: give the stack as it is instead).
+    span ``x`` to ``sqrt(eps) / 4``, the result is that of Householder QR. This brings rows
+    together, of all matrices of the stack. It is in a ``lax.cond``, and does not run where no
+    matrix needs it; but ``jax.vmap`` computes both sides: give it the stack as it is instead.
 
     Args:
       x: Shape ``(..., m, r)`` with ``m >= r``.
@@ -185,8 +185,8 @@ def _tolerance(x: jax.Array) -> float:
 
 def _distance(q: jax.Array) -> jax.Array:
     """
-    Of ``q^T q`` from the identity, as a vector shows it, which finds what is not orthonormal in a
-    fraction of the time of ``q^T q``; ``(...)``.
+    The distance of ``q^T q`` from the identity, estimated with one vector: in a fraction of the
+    time of ``q^T q``; ``(...)``.
     """
     # No symmetry of q is likely to hide behind these.
     v = jnp.sin(jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype))

@@ -2,8 +2,8 @@
 Products of arrays that may be sharded, and state on the devices of the parameters.
 
 With mesh axes of type ``Auto`` the compiler places results. With axes of type ``Explicit`` the
-program has to say where the result of a product is whose summed axis is sharded: here always
-where its own axes are in the operands.
+program has to place each product that sums over a sharded axis: here always where its own axes are
+in the operands.
 """
 
 from typing import Any, Iterable, Optional, Sequence
@@ -11,6 +11,11 @@ from typing import Any, Iterable, Optional, Sequence
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+
+try:
+    from jax.sharding import reshard as place
+except ImportError:  # before JAX 0.7, and so on Python 3.10
+    from jax.experimental.shard import reshard as place  # type: ignore[no-redef]
 
 __all__ = ["beside", "contract", "explicit_sharding", "like_axes", "reshard"]
 
@@ -41,7 +46,7 @@ def contract(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
         NamedSharding(mesh, PartitionSpec(*map(placed.get, labels)))
         for labels in (*operands.split(","), output)
     ]
-    x, y = jax.sharding.reshard((x, y), (specs[0], specs[1]))
+    x, y = place((x, y), (specs[0], specs[1]))
     return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=specs[2])
 
 
@@ -53,26 +58,26 @@ def explicit_sharding(x: jax.Array) -> Optional[NamedSharding]:
 
 def reshard(x: jax.Array, like: NamedSharding, spec: Iterable[Any]) -> jax.Array:
     """``x`` with its axes over these of a mesh with explicit ones."""
-    return jax.sharding.reshard(x, NamedSharding(like.mesh, PartitionSpec(*spec)))
+    return place(x, NamedSharding(like.mesh, PartitionSpec(*spec)))
 
 
 def like_axes(x: jax.Array, like: jax.Array, axes: Sequence[Optional[int]]) -> jax.Array:
     """
-    ``x``, on the devices of ``like``, its axes divided as these of ``like``, and not where that is
-    ``None``. What is traced with axes of type ``Auto`` stays where the compiler puts it.
+    ``x``, on the devices of ``like``, its axes divided as these of ``like``, and whole where the
+    axis is ``None``. What is traced with axes of type ``Auto`` stays where the compiler puts it.
     """
 
     def spec(sharding: NamedSharding) -> PartitionSpec:
         divided = dict(enumerate(sharding.spec))
         return PartitionSpec(*(None if axis is None else divided.get(axis) for axis in axes))
 
-    place = _place_of(like)
-    if place is None:
+    fixed = _fixed(like)
+    if fixed is None:
         sharding = explicit_sharding(like) if isinstance(like, jax.core.Tracer) else None
         return x if sharding is None else reshard(x, sharding, spec(sharding))
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, spec(place))
-    return jax.device_put(x, place)
+    if isinstance(fixed, NamedSharding):
+        fixed = NamedSharding(fixed.mesh, spec(fixed))
+    return jax.device_put(x, fixed)
 
 
 def beside(state: Any, params: Any) -> Any:
@@ -80,19 +85,19 @@ def beside(state: Any, params: Any) -> Any:
     ``state`` with whole copies of what is on no device yet, such as counters, on all devices of the
     parameters, where a step will leave them: the second step would compile anew otherwise.
     """
-    places = (_place_of(param) for param in jax.tree.leaves(params))
-    place = next((place for place in places if place is not None), None)
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
+    all_fixed = (_fixed(param) for param in jax.tree.leaves(params))
+    fixed = next((each for each in all_fixed if each is not None), None)
+    if isinstance(fixed, NamedSharding):
+        fixed = NamedSharding(fixed.mesh, PartitionSpec())
 
     def put(x: Any) -> Any:
         waits = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
-        return jax.device_put(x, place) if waits else x
+        return jax.device_put(x, fixed) if waits else x
 
-    return state if place is None else jax.tree.map(put, state)
+    return state if fixed is None else jax.tree.map(put, state)
 
 
-def _place_of(x: Any) -> Optional[Sharding]:
+def _fixed(x: Any) -> Optional[Sharding]:
     """Where ``x`` has to stay: ``None`` if it is traced, or JAX may move it as it likes."""
-    fixed = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
-    return x.sharding if fixed else None
+    stays = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed
+    return x.sharding if stays else None

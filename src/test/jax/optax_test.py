@@ -127,6 +127,10 @@ def test_matrices_follow_dion_and_all_else_adamw():
         ("lm_head.weight", (4, 3), False),
         ("word_head", (4, 3), False),
         ("header", (4, 3), True),
+        ("bias", (4, 3), False),
+        ("scale", (4, 3), False),
+        ("tok_emb", (4, 3), False),
+        ("to_logits", (4, 3), False),
         ("wt", (4, 3), True),
     ],
 )
@@ -224,6 +228,15 @@ def test_the_rank_is_the_same_where_it_was_injected(fraction):
     injected = optax.inject_hyperparams(scale_by_dion)(rank_fraction=fraction)
     expected = scale_by_dion(rank_fraction=fraction).init(params).basis.shape
     assert injected.init(params).inner_state.basis.shape == expected
+
+
+@pytest.mark.parametrize(
+    "name,value", [("rank_fraction", 2.0), ("rank_fraction", 0.0), ("rank_multiple_of", 1.5)]
+)
+def test_ranks_that_were_injected_are_checked(name, value):
+    injected = optax.inject_hyperparams(dion)(learning_rate=0.1, **{name: jnp.float32(value)})
+    with pytest.raises(ValueError, match=f"{name} is {value}, and must be"):
+        injected.init(params_of())
 
 
 def test_a_traced_rank_is_refused_in_words():
