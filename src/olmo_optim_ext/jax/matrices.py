@@ -12,7 +12,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-__all__ = ["Matrix", "WeightDimNumOrFn", "Parameter", "matrix_dimension_numbers", "parameters_of"]
+__all__ = ["Matrix", "Parameter", "WeightDimNumOrFn", "matrix_dimension_numbers", "parameters_of"]
 
 WeightDimNumOrFn = Union[MuonDimensionNumbers, Any, Callable[[optax.Params], Any]]
 
@@ -39,11 +39,11 @@ class Matrix:
 
     @property
     def n_in(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.inputs)
+        return math.prod(self.sizes(self.inputs))
 
     @property
     def n_out(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.outputs)
+        return math.prod(self.sizes(self.outputs))
 
     @property
     def longer(self) -> Tuple[int, ...]:

@@ -17,21 +17,19 @@ __all__ = ["METHODS", "Method", "orthonormalize", "sketch_rows"]
 Method = Literal["rcqr", "cqr", "qr"]
 METHODS = ("rcqr", "cqr", "qr")
 
+OVERSAMPLING = 1.25
+"""Rows of the sketch for each column, as in the authors' code of Dion."""
+
 SKETCH_MULTIPLE = 128
-"""The rows of the sketch are a multiple of this, as in the authors' code of Dion."""
+"""They are rounded up to a multiple of this, as there."""
 
 
-def sketch_rows(rank: int, oversampling: float = 1.25) -> int:
+def sketch_rows(rank: int) -> int:
     """Rows of the sketch of a matrix with ``rank`` columns."""
-    return math.ceil(oversampling * rank / SKETCH_MULTIPLE) * SKETCH_MULTIPLE
+    return math.ceil(OVERSAMPLING * rank / SKETCH_MULTIPLE) * SKETCH_MULTIPLE
 
 
-def orthonormalize(
-    x: jax.Array,
-    method: Method = "rcqr",
-    key: Key = 0,
-    oversampling: float = 1.25,
-) -> jax.Array:
+def orthonormalize(x: jax.Array, method: Method = "rcqr", key: Key = 0) -> jax.Array:
     """The ``Q`` of ``x = Q R`` with a positive diagonal of ``R``, for each matrix of a stack.
 
     Columns that depend on those before them, up to rounding, become arbitrary ones orthonormal to
@@ -50,8 +48,6 @@ def orthonormalize(
         Householder QR. ``"cqr"``, Cholesky QR, twice: for condition numbers up to about 1000, and
         never with a column of zeros. ``"qr"``, Householder QR.
       key: PRNG key, or seed, of the sketch, which the matrices of a stack share.
-      oversampling: Rows of the sketch, relative to ``r``, before they are rounded up to a multiple
-        of 128.
 
     Returns:
       Shape ``(..., m, r)``, in float64 if ``x`` is, else in float32.
@@ -84,7 +80,7 @@ def orthonormalize(
     top = jnp.maximum(top, jnp.finfo(x.dtype).tiny)
     x = jnp.where(finite, x / (top / (2 * jnp.frexp(top)[0])), 0)
 
-    rows = sketch_rows(r, oversampling)
+    rows = sketch_rows(r)
     if method == "qr" or (method == "rcqr" and rows >= m):
         q = _householder(x)
     else:
@@ -174,9 +170,7 @@ def _quotient(x: jax.Array, triangle: jax.Array) -> Tuple[jax.Array, jax.Array]:
         return y, jnp.max(left / jnp.linalg.norm(x, axis=-2), axis=-1)
 
     # Columns that are nearly dependent need it, as in the first steps of a training.
-    return jax.lax.cond(
-        jnp.all(bound <= _tolerance(x)), lambda y: (y, bound), lambda y: refined(y), y
-    )
+    return jax.lax.cond(jnp.all(bound <= _tolerance(x)), lambda y: (y, bound), refined, y)
 
 
 def _tolerance(x: jax.Array) -> float:

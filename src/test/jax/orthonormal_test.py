@@ -101,6 +101,18 @@ def test_columns_that_depend_on_others_leave_it_orthonormal_and_spanning(method)
     assert off(q) < TOLERANCE and spanned(x, q) < TOLERANCE
 
 
+def test_nearly_dependent_columns_are_refined_and_need_no_fallback(monkeypatch):
+    seen = fallbacks(monkeypatch)
+    apart = np.random.default_rng(1).standard_normal(300) / 300**0.5
+    for distance in (1e-4, 1e-5, 1e-6):
+        x = matrix((300, 24))
+        x[:, 5] = x[:, 2] + distance * np.linalg.norm(x[:, 2]) * apart
+        q = orthonormalize(jnp.asarray(x, jnp.float32))
+        assert off(q) < TOLERANCE and spanned(x, q) < TOLERANCE
+    jax.effects_barrier()
+    assert not seen
+
+
 def test_no_step_of_decaying_spectra_falls_back(monkeypatch):
     """At full rank and from a random basis: what refining the quotient is for."""
     seen = fallbacks(monkeypatch)

@@ -29,6 +29,7 @@ from olmo_optim_ext.jax.matrices import Matrix, parameters_of
 from olmo_optim_ext.jax.orthonormal import sketch_rows
 
 from .collectives import Collective, collectives
+from .compilations import compilations
 
 pytestmark = pytest.mark.skipif(
     not hasattr(jax, "set_mesh"), reason="what is asked of JAX here is there from 0.7.1 on"
@@ -36,16 +37,6 @@ pytestmark = pytest.mark.skipif(
 
 STEPS = 10
 RANK_FRACTION = 1 / 8
-
-_compilations: List[str] = []
-
-
-def _listen(event: str, duration_secs: float, **_: Any) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        _compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 @dataclass(frozen=True)
@@ -155,11 +146,11 @@ def run(problem: Problem, sharding: Optional[jax.sharding.Sharding]) -> Run:
 
     first = state = optimizer.init(gradient())
     update = jax.jit(optimizer.update)
-    total, compiled = np.zeros(problem.shape), [len(_compilations)]
+    total, compiled = np.zeros(problem.shape), [compilations()]
     found = collectives(update.lower(gradient(), state).compile())
     for _ in range(STEPS):
         updates, state = update(gradient(), state)
-        compiled.append(len(_compilations))
+        compiled.append(compilations())
         total += np.asarray(updates)
     result = total, np.asarray(state.momentum), np.asarray(state.basis)
     return Run(result, first, state, list(np.diff(compiled)), found)
@@ -288,10 +279,10 @@ def train(axis_type: Optional[AxisType]) -> Transformer:
     jitted = jax.jit(step, donate_argnums=(0, 1))
     params = random()
     state = optimizer.init(params)
-    compiled = [len(_compilations)]
+    compiled = [compilations()]
     for _ in range(STEPS):
         params, state = jitted(params, state, random())
-        compiled.append(len(_compilations))
+        compiled.append(compilations())
     return Transformer(params, list(np.diff(compiled)))
 
 
